@@ -1,0 +1,1 @@
+"""The words every other package speaks; imports nothing of ours from outside `core`."""

@@ -1,0 +1,170 @@
+"""The types that stations hand to each other: layer references, signals, means and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layerdistill.core.errors import UserError
+
+Batch = Mapping[str, Tensor]
+"""What the collator makes: `input_ids`, `attention_mask`, `labels`, ... each `(batch, ...)`."""
+
+StackName = Literal["", "encoder", "decoder"]
+"""Which stack of blocks: `""` in a model with one stack, else `encoder` or `decoder`."""
+
+Unit = Literal["example", "token", "label", "batch"]
+"""What a term's count counts: examples, attended tokens, labelled positions, or whole (micro-)batches."""
+
+
+@dataclass(frozen=True, order=True)
+class LayerRef:
+    """A layer as in Hugging Face `hidden_states`: 0 = embedding output, k = output of block k, `final` = after the norm.
+
+    `number` is -1 for `final`. `str()` gives the form used in recipes and logs: `3`, `final`, `encoder.3`.
+    """
+
+    stack: StackName
+    number: int
+
+    def __str__(self) -> str:
+        name = "final" if self.number < 0 else str(self.number)
+        return f"{self.stack}.{name}" if self.stack else name
+
+    @classmethod
+    def parse(cls, given: int | str | LayerRef) -> LayerRef:
+        """Read `3`, `"3"`, `"final"`, `"encoder.3"` or `"decoder.final"`; raises UserError for anything else."""
+        if isinstance(given, LayerRef):
+            return given
+        stack, _, name = str(given).rpartition(".")
+        if stack in ("", "encoder", "decoder"):
+            if name == "final":
+                return cls(stack, -1)  # type: ignore[arg-type]
+            if name.isdecimal():
+                return cls(stack, int(name))  # type: ignore[arg-type]
+        raise UserError(
+            f"layer {given!r} cannot be read: write a number from 0 (embedding output) to the number of blocks, or "
+            "'final' (after the final norm), with 'encoder.' or 'decoder.' before it in an encoder-decoder model."
+        )
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a model says about a batch.
+
+    `logits` is `(batch, classes)` or `(batch, seq, vocab)`. `hidden[layer]` is `(batch, seq, hidden)`. `masks[stack]`
+    is `(batch, seq)`, 1 on real tokens and 0 on padding.
+    """
+
+    logits: Tensor | None
+    hidden: Mapping[LayerRef, Tensor]
+    masks: Mapping[StackName, Tensor]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A sum and what it is divided by, so that micro-batches and ranks add up exactly.
+
+    `total` and `count` are float32 scalars (float64 if the input was). `count` counts examples, tokens or labels, never
+    elements: a loss that averages over the hidden axis does so inside `total`.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """`total / count`, and 0 (with a gradient of 0) where nothing was counted."""
+        return self.total / self.count.clamp(min=1.0)
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which signals a term asks for; the trainer captures these and nothing else."""
+
+    student: frozenset[LayerRef] = frozenset()
+    teacher: frozenset[LayerRef] = frozenset()
+    teacher_logits: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.student | other.student, self.teacher | other.teacher, self.teacher_logits or other.teacher_logits
+        )
+
+    @property
+    def teacher_at_all(self) -> bool:
+        """Whether the teacher has to be run."""
+        return self.teacher_logits or bool(self.teacher)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; random layer maps are functions of it, so that a resumed run draws the same maps."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+class Term(Protocol):
+    """One named part of the objective; an `nn.Module` when it has parameters of its own (projections, filters)."""
+
+    weight: float
+    unit: Unit
+
+    def needs(self, progress: Progress) -> Needs:
+        """Return the layers and logits that `__call__` will read at this point of training."""
+        ...
+
+    def __call__(self, student: Signal, teacher: Signal | None, batch: Batch, progress: Progress) -> dict[str, Mean]:
+        """Return named means, for example `{"hidden/3-6": Mean(...)}`; their average is multiplied by `weight`."""
+        ...
+
+
+@dataclass
+class Stage:
+    """One training phase: what is trained, on which terms, with which changes to the recipe's training arguments."""
+
+    name: str
+    student: nn.Module
+    terms: nn.ModuleList
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student as loaded, with what a method must know of them.
+
+    `depth` and `width` map each stack to its number of blocks and its hidden size.
+    """
+
+    teacher: nn.Module | None
+    student: nn.Module
+    task: str
+    teacher_depth: Mapping[StackName, int]
+    student_depth: Mapping[StackName, int]
+    teacher_width: Mapping[StackName, int]
+    student_width: Mapping[StackName, int]
+    seed: int
+
+
+class Method(Protocol):
+    """A named generator of stages; it knows no trainer, and the trainer knows no method."""
+
+    name: str
+    Config: type
+
+    def stages(self, pair: Pair, config: Any) -> Iterator[Stage]:
+        """Yield the training phases in order; code after a `yield` runs when that phase has finished."""
+        ...
+
+
+def as_scalar(value: float, like: Tensor) -> Tensor:
+    """Return `value` as a 0-d tensor with the dtype and device of `like`."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
