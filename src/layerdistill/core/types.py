@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from layerdistill.core.errors import UserError
@@ -17,13 +16,14 @@ Batch = Mapping[str, Tensor]
 StackName = Literal["", "encoder", "decoder"]
 """Which stack of blocks: `""` in a model with one stack, else `encoder` or `decoder`."""
 
-Unit = Literal["example", "token", "label", "batch"]
-"""What a term's count counts: examples, attended tokens, labelled positions, or whole (micro-)batches."""
+Unit = Literal["example", "token", "decoder_token", "label", "batch"]
+"""What a term's count counts: examples, attended tokens (of the encoder or only stack, or of the
+decoder), labelled positions, or whole (micro-)batches."""
 
 
 @dataclass(frozen=True, order=True)
 class LayerRef:
-    """A layer as in Hugging Face `hidden_states`: 0 = embedding output, k = output of block k, `final` = after the norm.
+    """A layer as in `hidden_states`: 0 = embedding output, k = output of block k, `final` = after the final norm.
 
     `number` is -1 for `final`. `str()` gives the form used in recipes and logs: `3`, `final`, `encoder.3`.
     """
@@ -113,17 +113,24 @@ class Progress:
 
 
 class Term(Protocol):
-    """One named part of the objective; an `nn.Module` when it has parameters of its own (projections, filters)."""
+    """One named part of the objective; an `nn.Module`, so that its projections or filters train with the student."""
 
-    weight: float
-    unit: Unit
+    name: str
 
     def needs(self, progress: Progress) -> Needs:
-        """Return the layers and logits that `__call__` will read at this point of training."""
+        """Return the layers and logits that a call will read at this point of training."""
+        ...
+
+    def unit(self, name: str) -> Unit:
+        """Return what the count of the named mean counts."""
+        ...
+
+    def coefficient(self, name: str, progress: Progress) -> float:
+        """Return what the named mean is multiplied by in the total."""
         ...
 
     def __call__(self, student: Signal, teacher: Signal | None, batch: Batch, progress: Progress) -> dict[str, Mean]:
-        """Return named means, for example `{"hidden/3-6": Mean(...)}`; their average is multiplied by `weight`."""
+        """Return named means, for example `{"hidden/3-6": Mean(...)}`."""
         ...
 
 
@@ -139,10 +146,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student as loaded, with what a method must know of them.
-
-    `depth` and `width` map each stack to its number of blocks and its hidden size.
-    """
+    """A teacher and a student as loaded, with what a method must know of them; each mapping has one entry per stack."""
 
     teacher: nn.Module | None
     student: nn.Module
@@ -151,6 +155,8 @@ class Pair:
     student_depth: Mapping[StackName, int]
     teacher_width: Mapping[StackName, int]
     student_width: Mapping[StackName, int]
+    vocab_size: int | None
+    """Token ids that both know; logits beyond are padding and get no probability. None outside language modelling."""
     seed: int
 
 
@@ -158,13 +164,13 @@ class Method(Protocol):
     """A named generator of stages; it knows no trainer, and the trainer knows no method."""
 
     name: str
+    summary: str
     Config: type
 
     def stages(self, pair: Pair, config: Any) -> Iterator[Stage]:
         """Yield the training phases in order; code after a `yield` runs when that phase has finished."""
         ...
 
-
-def as_scalar(value: float, like: Tensor) -> Tensor:
-    """Return `value` as a 0-d tensor with the dtype and device of `like`."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    def problems(self, config: Any, pair: Pair) -> list[str]:
+        """Return one sentence per reason why `config` cannot work on this pair; models may be None here."""
+        ...

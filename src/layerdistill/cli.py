@@ -1,0 +1,113 @@
+"""The command line: parsing and calling, nothing else. Status 0 done, 2 wrong input, 130 interrupted, 1 our fault."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from layerdistill.core.errors import Interrupted, UserError
+
+app = typer.Typer(
+    help="Layer-wise knowledge distillation of transformer language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one key of the recipe; may be repeated.")
+]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    again: Annotated[bool, typer.Option(help="Delete what the output folder holds and start anew.")] = False,
+) -> None:
+    """Run a recipe; the same command goes on with one that was interrupted."""
+    from layerdistill.report.run_table import print_result
+    from layerdistill.runner import run
+
+    print_result(run(recipe, set_, again=again), console)
+
+
+@app.command()
+def plan(recipe: RecipePath, set_: Overrides = None) -> None:
+    """Show the resolved recipe, layer table, vocabulary check, parameters, memory and steps; train nothing."""
+    from layerdistill.plan import show_plan
+    from layerdistill.recipe import load_recipe
+
+    show_plan(load_recipe(recipe, set_), console)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder or a hub id.", show_default=False)],
+    recipe: RecipePath,
+    set_: Overrides = None,
+) -> None:
+    """Measure a model on a recipe's data: metrics and cost, as JSON."""
+    from layerdistill.recipe import load_recipe
+    from layerdistill.runner import evaluate_folder
+
+    console.print_json(json.dumps(evaluate_folder(model, load_recipe(recipe, set_))))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from layerdistill.methods.table import METHODS
+
+    table = Table("method", "what it does", "options")
+    for name, method in METHODS.items():
+        options = ", ".join(field for field in method.Config.model_fields if field != "name")
+        table.add_row(name, method.summary, options)
+    console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from layerdistill.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo")) -> None:
+    """Distil a real pretrained encoder by four methods on data every machine has; about five minutes."""
+    from layerdistill.demo import run_demo
+
+    run_demo(output, console)
+
+
+def main() -> None:
+    """Run the command line and end the process with the status that says what happened."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(str(error) or "Interrupted. Give the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own usage errors
+            print(f"error: {escape(error.format_message())}", file=sys.stderr)
+            sys.exit(2)
+        raise

@@ -1,0 +1,117 @@
+"""The teacher, fitted to the task first where a recipe asks for it; made once, kept by content, reused by every run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets as hf_datasets
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
+from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
+from layerdistill.core.types import Stage
+from layerdistill.methods.task_term import TaskTerm
+from layerdistill.models import LoadedModel, load_model
+from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments
+from layerdistill.train.stage import StageInput, run_stage
+from layerdistill.train.trainer import save_student
+
+DEFAULT_SEED = 42
+"""The teacher's seed where `teacher.finetune` has none: not the recipe's, so that all seeds of a study share it."""
+
+
+def kept_teachers() -> Path:
+    """Return the folder of fine-tuned teachers: `$LAYERDISTILL_HOME`, else `~/.cache/layerdistill`."""
+    home = os.environ.get("LAYERDISTILL_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "layerdistill") / "teachers"
+
+
+def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], console: Console) -> nn.Module | None:
+    """Return the teacher with weights that fit the task, fine-tuning it first if the recipe asks for that.
+
+    Raises UserError when its head would be random and nothing trains it.
+    """
+    section = prepared.recipe.teacher
+    if section is None or prepared.teacher_source is None:
+        return None
+    loaded = open_model(prepared, prepared.teacher_source, section)
+    if section.finetune is None:
+        refuse_random_head(prepared, loaded)
+        return loaded.model
+    name = teacher_fingerprint(prepared, loaded.model)
+    folder = kept_teachers() / name
+    if not folder.exists():
+        console.print(f"Fine-tuning the teacher {section.model} on the task; it is kept in {folder} and reused.")
+        make_teacher(prepared, loaded.model, folder, make_input)
+    return open_model(prepared, str(folder), section).model
+
+
+def open_model(prepared: Prepared, source: str, section: Any) -> LoadedModel:
+    """Load a model with the head that the task needs."""
+    return load_model(
+        source,
+        prepared.recipe.data.task,
+        num_labels=prepared.labels.num_labels,
+        label_names=prepared.labels.names,
+        trust_remote_code=section.trust_remote_code,
+        dtype=section.dtype,
+        seed=DEFAULT_SEED,
+    )
+
+
+def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
+    """Raise UserError when the teacher has weights that no training gave it and the method learns from it."""
+    learns = prepared.recipe.method.name != "none"
+    if loaded.fresh_keys and learns and prepared.recipe.data.task not in FALLBACK_TASKS:
+        raise UserError(
+            f"The teacher {prepared.teacher_source} has no trained head for this task (new weights: "
+            f"{', '.join(loaded.fresh_keys[:4])}), so its predictions would be noise. Add "
+            "teacher.finetune: {num_train_epochs: 3, learning_rate: 5.0e-5}, or give a fine-tuned model."
+        )
+
+
+def teacher_fingerprint(prepared: Prepared, model: nn.Module) -> str:
+    """Return what identifies a fine-tuned teacher: first weights, tokenised training data, arguments, versions."""
+    train = prepared.datasets["train"]
+    hasher = hf_datasets.fingerprint.Hasher()
+    for column in ("input_ids", "labels"):
+        hasher.update(train.with_format("arrow")[column].combine_chunks().to_pylist())
+    assert prepared.recipe.teacher is not None
+    return fingerprint_json(
+        {
+            "weights": fingerprint_model(model),
+            "data": hasher.hexdigest(),
+            "task": prepared.recipe.data.task,
+            "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
+            "finetune": prepared.recipe.teacher.finetune,
+            "versions": [torch.__version__, transformers.__version__],
+        }
+    )
+
+
+def make_teacher(prepared: Prepared, model: nn.Module, folder: Path, make_input: Callable[[Path], StageInput]) -> None:
+    """Fine-tune `model` on the labels and put it in `folder`; an interrupted fine-tuning goes on where it was."""
+    assert prepared.recipe.teacher is not None and prepared.recipe.teacher.finetune is not None
+    work = folder.with_name(f"{folder.name}.work")
+    seed = int(prepared.recipe.teacher.finetune.get("seed", DEFAULT_SEED))
+    given = replace(make_input(work), training=finetune_arguments(prepared.recipe), seed=seed)
+    stage = Stage("teacher", model, nn.ModuleList([TaskTerm(prepared.recipe.data.task, 1.0)]))
+    run_stage(stage, given, teacher=None)
+    with explained_disk_errors("The fine-tuned teacher", folder), whole_folder(folder) as partial:
+        save_student(model, partial, prepared.tokenizer)
+        write_json(
+            partial / "made_from.json",
+            {
+                "model": prepared.recipe.teacher.model,
+                "data": prepared.recipe.data.model_dump(mode="json"),
+                "finetune": prepared.recipe.teacher.finetune,
+            },
+        )

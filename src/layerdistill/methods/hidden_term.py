@@ -1,0 +1,91 @@
+"""The loss between hidden states of matched layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerdistill.core.types import Batch, LayerRef, Mean, Needs, Progress, Signal, StackName, Unit
+from layerdistill.matching import LayerMap, Projections
+
+Distance = Callable[[Tensor, Tensor, Tensor], Mean]
+"""A function of the student's states, the teacher's, each `(batch, seq, hidden)`, and the mask `(batch, seq)`."""
+
+
+class HiddenTerm(nn.Module):
+    """The distance between matched hidden states; named `hidden/<student layer>-<teacher layer>`.
+
+    The means of the pairs are averaged (`reduce="mean"`) or summed (`reduce="sum"`), then multiplied by the weight. A
+    student layer matched with a group of teacher layers (map `average`) is compared with the mean of their states.
+    """
+
+    name = "hidden"
+
+    def __init__(
+        self,
+        maps: Sequence[LayerMap],
+        distance: Distance,
+        weight: float,
+        projections: Mapping[StackName, Projections] | None = None,
+        reduce: Literal["mean", "sum"] = "mean",
+        whole_batch: bool = False,
+    ) -> None:
+        """`whole_batch` says that the distance is one number per batch (CKA), not a sum over tokens."""
+        super().__init__()
+        self.maps = list(maps)
+        self.distance = distance
+        self.weight = weight
+        self.projections = nn.ModuleDict({stack or "only": module for stack, module in (projections or {}).items()})
+        self.reduce = reduce
+        self.whole_batch = whole_batch
+
+    def groups(self, progress: Progress) -> list[tuple[LayerRef, tuple[LayerRef, ...]]]:
+        """Return the matched layers at this point of training."""
+        return [group for layer_map in self.maps for group in layer_map.refs_at(progress.epoch, progress.step)]
+
+    def needs(self, progress: Progress) -> Needs:
+        """The matched layers of both models."""
+        groups = self.groups(progress)
+        return Needs(
+            student=frozenset(student for student, _ in groups),
+            teacher=frozenset(layer for _, teachers in groups for layer in teachers),
+        )
+
+    def unit(self, name: str) -> Unit:
+        """Attended tokens of the layer's stack, or whole batches."""
+        if self.whole_batch:
+            return "batch"
+        return "decoder_token" if name.startswith("hidden/decoder.") else "token"
+
+    def coefficient(self, name: str, progress: Progress) -> float:
+        """The weight, divided by the number of pairs when they are averaged."""
+        return self.weight / len(self.groups(progress)) if self.reduce == "mean" else self.weight
+
+    def forward(self, student: Signal, teacher: Signal | None, batch: Batch, progress: Progress) -> dict[str, Mean]:
+        """Return one mean per matched student layer."""
+        assert teacher is not None, "the trainer runs the teacher because needs() asks for its layers"
+        means = {}
+        for layer, targets in self.groups(progress):
+            ours = student.hidden[layer]
+            if self.projections:
+                ours = self.projections[layer.stack or "only"](layer, ours)
+            theirs = average_states([teacher.hidden[target] for target in targets])
+            means[pair_name(layer, targets)] = self.distance(ours, theirs, student.masks[layer.stack])
+        return means
+
+
+def pair_name(student: LayerRef, teachers: Sequence[LayerRef]) -> str:
+    """Return the name under which a pair is logged: `hidden/3-6`, `hidden/encoder.3-6`, `hidden/1-1..4`."""
+    first, last = teachers[0].number, teachers[-1].number
+    theirs = str(first) if len(teachers) == 1 else f"{first}..{last}"
+    return f"hidden/{student}-{theirs}"
+
+
+def average_states(states: Sequence[Tensor]) -> Tensor:
+    """Return the mean of `(batch, seq, hidden)` states in float32 (one state is returned as it is)."""
+    if len(states) == 1:
+        return states[0]
+    return torch.stack([state.float() for state in states]).mean(dim=0)

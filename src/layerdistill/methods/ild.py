@@ -1,0 +1,83 @@
+"""Intermediate-layer distillation: projected hidden states, matched layer by layer, beside knowledge distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+from torch import nn
+
+from layerdistill.core.types import Pair, Stage
+from layerdistill.matching import Projections, cosine_loss, masked_mse, normalised_mse
+from layerdistill.methods.hidden_term import HiddenTerm
+from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
+
+DISTANCES = {
+    "mse": masked_mse,
+    "relative_mse": partial(masked_mse, divide_by_teacher=True),
+    "cosine": cosine_loss,
+    "normalised_mse": normalised_mse,
+}
+
+
+class IldConfig(MatchedConfig):
+    """`method: {name: ild, ...}`."""
+
+    name: Literal["ild"] = "ild"
+
+    distance: Literal["mse", "relative_mse", "cosine", "normalised_mse"] = "mse"
+    """mse: mean over hidden and real tokens; relative_mse: divided by the teacher's mean square; cosine: 1 - cos."""
+
+    projection: Literal["auto", "identity", "linear", "frozen_random", "orthogonal"] = "auto"
+    """How student states reach the teacher's width; auto is identity at equal width, else linear."""
+
+    shared_projection: bool = False
+    """Whether all pairs of a stack use one projection (TinyBERT's way) or each student layer has its own."""
+
+
+class IntermediateLayerDistillation:
+    """Knowledge distillation plus a distance between projected student states and teacher states of matched layers.
+
+    Follows the common form of "layer selection" studies (https://arxiv.org/abs/2502.04499) and TinyBERT
+    (https://arxiv.org/abs/1909.10351). Deviations: per-element mean over real tokens, averaged over pairs; projections
+    trainable, bias-free and one per layer.
+    """
+
+    name = "ild"
+    summary = "kd plus projected hidden states, matched layer by layer"
+    Config = IldConfig
+
+    def stages(self, pair: Pair, config: IldConfig) -> Iterator[Stage]:
+        """One stage with the task, logits and hidden terms."""
+        maps = build_maps(config, pair)
+        projections = {}
+        for layer_map in maps:
+            stack = layer_map.stack
+            widths = pair.student_width[stack], pair.teacher_width[stack]
+            kind = config.projection
+            if kind == "auto":
+                kind = "identity" if widths[0] == widths[1] else "linear"
+            layers = sorted({student for student, _ in layer_map.refs_at(0, 0)})
+            projections[stack] = Projections(kind, layers, *widths, shared=config.shared_projection, seed=pair.seed)
+        hidden = HiddenTerm(maps, DISTANCES[config.distance], config.weights.hidden, projections, config.reduce)
+        yield Stage("distill", pair.student, nn.ModuleList([*prediction_terms(config, pair), hidden]))
+
+    def problems(self, config: IldConfig, pair: Pair) -> list[str]:
+        """A layer map out of range, a loss that does not fit, or an identity projection between unequal widths."""
+        problems = matched_problems(config, pair)
+        unequal = [
+            stack or "the model"
+            for stack in pair.student_width
+            if pair.student_width[stack] != pair.teacher_width.get(stack)
+        ]
+        if config.projection == "identity" and unequal:
+            problems.append(
+                f"method.projection is 'identity', but the student is {list(pair.student_width.values())} wide and the "
+                f"teacher {list(pair.teacher_width.values())}. Write projection: linear, or method name: cka, which "
+                "needs no projection."
+            )
+        return problems
+
+
+METHOD = IntermediateLayerDistillation()

@@ -1,0 +1,62 @@
+"""Knowledge distillation from the teacher's predictions (Hinton, Vinyals and Dean 2015, https://arxiv.org/abs/1503.02531)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from layerdistill.core.config import SectionConfig
+from layerdistill.core.types import Pair, Stage
+from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
+from layerdistill.methods.task_term import TaskTerm
+from layerdistill.methods.weights import LogitsWeights
+
+
+class KdConfig(SectionConfig):
+    """`method: {name: kd, ...}`."""
+
+    name: Literal["kd"] = "kd"
+
+    temperature: float = Field(2.0, gt=0)
+    """Divides the logits of both models; the loss is multiplied by its square."""
+
+    logits_loss: LogitsLoss | None = None
+    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
+
+    weights: LogitsWeights = LogitsWeights()
+    """Coefficients of the two terms."""
+
+
+class KnowledgeDistillation:
+    """Weighted sum of the loss on the labels and T squared times the KL from the teacher's softened predictions.
+
+    Deviation from the paper: the weights are named and independent, not a convex combination.
+    """
+
+    name = "kd"
+    summary = "knowledge distillation from the teacher's predictions"
+    Config = KdConfig
+
+    def stages(self, pair: Pair, config: KdConfig) -> Iterator[Stage]:
+        """One stage with the task and logits terms whose weight is not 0."""
+        terms: list[nn.Module] = []
+        if config.weights.task:
+            terms.append(TaskTerm(pair.task, config.weights.task))
+        if config.weights.logits:
+            terms.append(
+                LogitsTerm(pair.task, config.weights.logits, config.logits_loss, config.temperature, pair.vocab_size)
+            )
+        yield Stage("distill", pair.student, nn.ModuleList(terms))
+
+    def problems(self, config: KdConfig, pair: Pair) -> list[str]:
+        """A loss that does not fit the task, or no logits term at all."""
+        problems = [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+        if not config.weights.logits:
+            problems.append("method.weights.logits is 0, which makes kd plain fine-tuning. Write name: none instead.")
+        return problems
+
+
+METHOD = KnowledgeDistillation()

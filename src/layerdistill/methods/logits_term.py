@@ -1,0 +1,97 @@
+"""The loss between the two models' predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Unit
+from layerdistill.matching import (
+    binary_kl,
+    forward_kl,
+    js_divergence,
+    logit_mse,
+    reverse_kl,
+    soft_cross_entropy,
+)
+from layerdistill.matching.task_loss import label_unit
+
+LogitsLoss = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy", "binary_kl", "mse"]
+
+CATEGORICAL: dict[str, Callable[..., Mean]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "js_divergence": js_divergence,
+    "soft_cross_entropy": soft_cross_entropy,
+}
+
+
+def default_logits_loss(task: str) -> LogitsLoss:
+    """Return the loss that fits the task's outputs: one distribution, one per class, or plain numbers."""
+    if task == "regression":
+        return "mse"
+    return "binary_kl" if task == "multi-label-classification" else "forward_kl"
+
+
+def logits_loss_problem(loss: LogitsLoss | None, task: str) -> str | None:
+    """Return why `loss` does not fit `task`, or None."""
+    if loss is None or loss == default_logits_loss(task) or loss == "mse":
+        return None
+    if task in ("regression", "multi-label-classification") or loss == "binary_kl":
+        return (
+            f"method.logits_loss is {loss!r}, which does not fit the task {task!r}: a softmax over one regression "
+            "output is always 1, so its KL is silently 0, and a softmax over independent labels compares the wrong "
+            f"distributions. Leave it out ({default_logits_loss(task)!r} is then used) or write 'mse'."
+        )
+    return None
+
+
+class LogitsTerm(nn.Module):
+    """The distance between student and teacher predictions; named `logits`.
+
+    For language models it is taken at the positions that have a label, so prompts and padding do not count.
+    """
+
+    name = "logits"
+
+    def __init__(
+        self, task: str, weight: float, loss: LogitsLoss | None, temperature: float, vocab_size: int | None = None
+    ) -> None:
+        super().__init__()
+        problem = logits_loss_problem(loss, task)
+        if problem is not None:
+            raise UserError(problem)
+        self.task = task
+        self.weight = weight
+        self.loss = loss or default_logits_loss(task)
+        self.temperature = temperature
+        self.vocab_size = vocab_size
+
+    def needs(self, progress: Progress) -> Needs:
+        """The teacher's logits."""
+        return Needs(teacher_logits=True)
+
+    def unit(self, name: str) -> Unit:
+        """Labelled positions or examples."""
+        return label_unit(self.task)
+
+    def coefficient(self, name: str, progress: Progress) -> float:
+        """The weight, at all times."""
+        return self.weight
+
+    def forward(self, student: Signal, teacher: Signal | None, batch: Batch, progress: Progress) -> dict[str, Mean]:
+        """Return `{"logits": distance}`."""
+        assert student.logits is not None and teacher is not None and teacher.logits is not None
+        ours, theirs, mask = student.logits, teacher.logits, None
+        if self.task == "causal-lm":
+            mask = batch["labels"][:, 1:] != -100
+            ours, theirs = ours[:, :-1], theirs[:, :-1]
+        if self.loss == "mse":
+            return {self.name: logit_mse(ours, theirs, mask)}
+        if self.loss == "binary_kl":
+            return {self.name: binary_kl(ours, theirs, temperature=self.temperature)}
+        distance = CATEGORICAL[self.loss]
+        return {self.name: distance(ours, theirs, mask, temperature=self.temperature, vocab_size=self.vocab_size)}

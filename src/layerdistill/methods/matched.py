@@ -1,0 +1,112 @@
+"""What the methods that match hidden states have in common: layer maps from a config, for each stack."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from layerdistill.core.config import SectionConfig
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import LayerRef, Pair, StackName
+from layerdistill.matching import LayerMap, layer_map
+from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
+from layerdistill.methods.task_term import TaskTerm
+from layerdistill.methods.weights import HiddenWeights
+
+Strategy = Literal["forward", "reverse", "all_to_one", "random", "in_order_random", "average", "last", "skip"]
+LayerName = int | str
+
+
+class LayerMapConfig(SectionConfig):
+    """Which student layer learns from which teacher layer."""
+
+    layer_map: Strategy | list[tuple[LayerName, LayerName]] = "forward"
+    """A strategy, or explicit [student, teacher] pairs; layer 0 is the embedding output, k the output of block k."""
+
+    embeddings: bool = False
+    """Whether the embedding outputs are matched too (strategies only; explicit pairs say it themselves)."""
+
+    redraw: Literal["run", "epoch", "batch"] = "run"
+    """How often the random strategies draw a new map."""
+
+    all_to_one_target: int | None = None
+    """The teacher layer of `all_to_one`; the middle one when left out."""
+
+    reduce: Literal["mean", "sum"] = "mean"
+    """Whether the pairs' losses are averaged or summed before they are multiplied by weights.hidden."""
+
+
+class MatchedConfig(LayerMapConfig):
+    """The part of a recipe's method section that every hidden-state method has."""
+
+    temperature: float = Field(2.0, gt=0)
+    """Divides the logits of both models; the loss is multiplied by its square."""
+
+    logits_loss: LogitsLoss | None = None
+    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
+
+    weights: HiddenWeights = HiddenWeights()
+    """Coefficients of the three terms."""
+
+
+def build_maps(config: LayerMapConfig, pair: Pair) -> list[LayerMap]:
+    """Return one layer map per stack that the two models share; raises UserError for a layer out of range."""
+    if set(pair.student_depth) != set(pair.teacher_depth):
+        raise UserError(
+            f"The student has {stack_names(pair.student_depth)}, the teacher {stack_names(pair.teacher_depth)}: hidden "
+            " states are matched stack by stack. Choose a student with the teacher's kind of architecture."
+        )
+    return [
+        layer_map(
+            pairs_of_stack(config.layer_map, stack),
+            student_layers=pair.student_depth[stack],
+            teacher_layers=pair.teacher_depth[stack],
+            seed=pair.seed,
+            embeddings=config.embeddings,
+            redraw=config.redraw,
+            all_to_one_target=config.all_to_one_target,
+            stack=stack,
+        )
+        for stack in pair.student_depth
+        if pairs_of_stack(config.layer_map, stack)
+    ]
+
+
+def pairs_of_stack(
+    given: Strategy | list[tuple[LayerName, LayerName]], stack: StackName
+) -> Strategy | list[tuple[int | str, int | str]]:
+    """Return a strategy as it is, and of explicit pairs those of one stack (all of them where there is only one)."""
+    if isinstance(given, str):
+        return given
+    return [pair for pair in given if not stack or LayerRef.parse(pair[0]).stack == stack]
+
+
+def stack_names(depths: object) -> str:
+    """Return `one stack` or the stacks' names for a message."""
+    names = [name for name in depths if name]  # type: ignore[attr-defined]
+    return " and ".join(names) if names else "one stack"
+
+
+def prediction_terms(config: MatchedConfig, pair: Pair) -> list[TaskTerm | LogitsTerm]:
+    """Return the task and logits terms whose weight is not 0."""
+    terms: list[TaskTerm | LogitsTerm] = []
+    if config.weights.task:
+        terms.append(TaskTerm(pair.task, config.weights.task))
+    if config.weights.logits:
+        terms.append(
+            LogitsTerm(pair.task, config.weights.logits, config.logits_loss, config.temperature, pair.vocab_size)
+        )
+    return terms
+
+
+def matched_problems(config: MatchedConfig, pair: Pair) -> list[str]:
+    """Return why a hidden-state method cannot work on this pair: layer map, logits loss, or nothing to learn."""
+    problems = [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+    if not config.weights.hidden:
+        problems.append("method.weights.hidden is 0, which makes this method plain kd. Write name: kd instead.")
+    try:
+        build_maps(config, pair)
+    except UserError as error:
+        problems.extend(f"method.layer_map: {problem}" for problem in error.problems)
+    return problems

@@ -1,0 +1,156 @@
+"""What a recipe would do, as tables: layers, vocabulary, parameters, memory, steps. Nothing is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedConfig
+
+from layerdistill.core.types import Progress
+from layerdistill.matching import LayerMap, map_rows
+from layerdistill.methods.table import find_method
+from layerdistill.models import build_on_meta, count_parameters
+from layerdistill.prepare import Prepared, prepare
+from layerdistill.recipe import Recipe, dump_recipe
+
+BYTES = 4
+"""Bytes per float32 number."""
+
+ADAM_COPIES = 4
+"""Weights, gradients and the two moments of AdamW, all float32."""
+
+
+def show_plan(recipe: Recipe, console: Console) -> Prepared:
+    """Print the plan of a recipe and return what was prepared for it; raises UserError with every problem found."""
+    prepared = prepare(recipe)
+    console.print("[bold]Recipe, complete[/bold]")
+    console.print(dump_recipe(recipe), markup=False, highlight=False)
+    show_data(prepared, console)
+    show_models(prepared, console)
+    show_terms(prepared, console)
+    show_training(prepared, console)
+    return prepared
+
+
+def show_data(prepared: Prepared, console: Console) -> None:
+    """Print the splits and the vocabulary check."""
+    table = Table(title="Data", title_justify="left")
+    for column in ("split", "examples", "tokens", "tokens per example"):
+        table.add_column(column, justify="right" if column != "split" else "left")
+    for name, split in prepared.datasets.items():
+        tokens = sum(len(ids) for ids in split["input_ids"])
+        table.add_row(name, f"{len(split):,}", f"{tokens:,}", f"{tokens / max(len(split), 1):.1f}")
+    console.print(table)
+    if prepared.labels.num_labels:
+        console.print(f"Labels: {prepared.labels.num_labels} ({', '.join(prepared.labels.names or ['a number'])})")
+    if prepared.vocabulary is not None:
+        state = "the same token ids" if prepared.vocabulary.identical else f"different: {prepared.vocabulary.reason}"
+        console.print(
+            f"Vocabulary: teacher and student have {state}; {prepared.vocabulary.vocab_size:,} ids are compared."
+        )
+
+
+def show_models(prepared: Prepared, console: Console) -> None:
+    """Print the shape and the parameters of both models, and what they need of memory."""
+    table = Table(title="Models", title_justify="left")
+    for column in ("model", "blocks", "width", "parameters", "of them embeddings", "MB (float32)"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    configs = {"teacher": prepared.teacher_config, "student": prepared.student_config}
+    pair = prepared.pair
+    for name, config in configs.items():
+        if config is None:
+            continue
+        counts = parameters_of(prepared, config)
+        depth = pair.teacher_depth if name == "teacher" else pair.student_depth
+        width = pair.teacher_width if name == "teacher" else pair.student_width
+        table.add_row(
+            name, joined(depth), joined(width), f"{counts['total']:,}", f"{counts['embedding']:,}",
+            f"{counts['total'] * BYTES / 1e6:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    teacher = parameters_of(prepared, prepared.teacher_config)["total"] if prepared.teacher_config is not None else 0
+    student = parameters_of(prepared, prepared.student_config)["total"]
+    needed = (ADAM_COPIES * student + teacher) * BYTES + activation_bytes(prepared)
+    console.print(
+        f"Memory: about {needed / 1e9:.2f} GB while training (student with AdamW, teacher, activations of one batch of "
+        f"full length); {free_memory() / 1e9:.1f} GB are free here."
+    )
+
+
+def parameters_of(prepared: Prepared, config: PreTrainedConfig) -> dict[str, int]:
+    """Return the parameter counts of a config's model with the task's head, without allocating it."""
+    return count_parameters(build_on_meta(config, prepared.recipe.data.task, prepared.labels.num_labels))
+
+
+def activation_bytes(prepared: Prepared) -> int:
+    """Return roughly the bytes a full-length batch holds at most: 16 widths per block and token, and logits."""
+    recipe = prepared.recipe
+    tokens = prepared.arguments.per_device_train_batch_size * recipe.data.max_length
+    pair = prepared.pair
+    per_token = sum(16 * pair.student_width[stack] * depth for stack, depth in pair.student_depth.items())
+    if recipe.data.task == "causal-lm":
+        per_token += 6 * prepared.student_config.vocab_size
+    return tokens * per_token * BYTES
+
+
+def free_memory() -> int:
+    """Return the free bytes where training would run: the accelerator, else this machine."""
+    if torch.accelerator.is_available() and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def joined(values: Any) -> str:
+    """Return `6`, or `6 + 6` for two stacks."""
+    return " + ".join(str(value) for value in values.values())
+
+
+def show_terms(prepared: Prepared, console: Console) -> None:
+    """Print the method's terms with their coefficients, and each layer map in both index forms."""
+    recipe = prepared.recipe
+    console.print(f"Method: [bold]{recipe.method.name}[/bold], {find_method(recipe.method.name).summary}")
+    stages = list(prepared.method.stages(prepared.pair, recipe.method))
+    for stage in stages:
+        described = ", ".join(describe_term(term) for term in stage.terms)
+        console.print(f"Stage {stage.name}: {described}")
+        for term in stage.terms:
+            for layer_map in getattr(term, "maps", []):
+                console.print(layer_table(layer_map))
+        helpers = sum(parameter.numel() for parameter in stage.terms.parameters())
+        if helpers:
+            console.print(f"Projections: {helpers:,} parameters, trained with the student and thrown away.")
+
+
+def describe_term(term: nn.Module) -> str:
+    """Return a term's name with what it is multiplied by."""
+    coefficient = term.coefficient(term.name, Progress())
+    per_pair = " per pair" if term.name == "hidden" else ""
+    return f"{coefficient:g} × {term.name}{per_pair}"
+
+
+def layer_table(layer_map: LayerMap) -> Table:
+    """Return a layer map as a table, layers counted as in hidden_states and blocks from 0."""
+    title = f"Layers of the {layer_map.stack or 'model'}: 0 is the embedding output, k the output of block k"
+    table = Table(title=title, title_justify="left")
+    for column in ("student layer", "teacher layer", "student block (from 0)", "teacher block (from 0)"):
+        table.add_column(column, justify="right")
+    for row in map_rows(layer_map):
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def show_training(prepared: Prepared, console: Console) -> None:
+    """Print how many steps there will be."""
+    arguments = prepared.arguments
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    console.print(
+        f"Training: {prepared.total_steps:,} steps of {batch} examples on one process ({prepared.steps_per_epoch:,} "
+        f"per epoch), learning rate {arguments.learning_rate:g}, seed {prepared.recipe.seed}. "
+        f"Output: {prepared.recipe.output}"
+    )
+    console.print("Nothing was trained. `layerdistill train` with the same recipe does it.")

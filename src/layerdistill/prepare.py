@@ -1,0 +1,227 @@
+"""Everything a run needs but weights: resolved, cross-checked, with every problem reported at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Method, Pair
+from layerdistill.data import (
+    Collator,
+    LabelSpace,
+    VocabularyCheck,
+    compare_vocabularies,
+    label_space,
+    load_splits,
+    open_tokenizer,
+    tokenise,
+)
+from layerdistill.evaluate import metric_problems
+from layerdistill.methods.table import find_method
+from layerdistill.models import (
+    depths_from_config,
+    load_config,
+    resolve_model_source,
+    shrink_config,
+    widths_from_config,
+)
+from layerdistill.recipe import Recipe
+from layerdistill.train.arguments import training_problems
+from layerdistill.train.config import LayerDistillationConfig, build_arguments
+
+Result = TypeVar("Result")
+
+FALLBACK_TASKS = {"causal-lm"}
+"""Tasks whose base model already has the head that the task needs."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its data tokenised and its models known by their configs; `pair` holds no models yet."""
+
+    recipe: Recipe
+    method: Method
+    teacher_source: str | None
+    teacher_config: PreTrainedConfig | None
+    student_source: str | None
+    student_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    labels: LabelSpace
+    datasets: dict[str, Dataset]
+    collator: Collator
+    vocabulary: VocabularyCheck | None
+    pair: Pair
+    arguments: LayerDistillationConfig
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimisation steps in one pass over the training data, on one process."""
+        batches = math.ceil(len(self.datasets["train"]) / self.arguments.per_device_train_batch_size)
+        return max(math.ceil(batches / self.arguments.gradient_accumulation_steps), 1)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimisation steps of the distillation, on one process."""
+        if self.arguments.max_steps > 0:
+            return self.arguments.max_steps
+        return math.ceil(self.arguments.num_train_epochs * self.steps_per_epoch)
+
+
+class Problems:
+    """Collects the messages of UserErrors, so that one check's failure does not hide the next one's."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def attempt(self, action: Callable[..., Result], *args: Any, **options: Any) -> Result | None:
+        """Return what `action` returns, or None after noting why it failed."""
+        try:
+            return action(*args, **options)
+        except UserError as error:
+            self.found += [problem for problem in error.problems if problem not in self.found]
+            return None
+
+    def stop(self) -> None:
+        """Raise one UserError with everything found so far, if anything was."""
+        if self.found:
+            raise UserError(*self.found)
+
+
+def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
+    """Resolve and check a recipe without loading weights; `memory` gives splits that are in memory already.
+
+    Raises UserError with every problem found.
+    """
+    problems = Problems()
+    method = find_method(recipe.method.name)
+    problems.found += metric_problems(recipe.evaluation.metrics, recipe.data.task)
+    problems.found += section_problems(recipe)
+    splits = (
+        problems.attempt(load_splits, recipe.data, recipe.base, memory)
+        if memory is not None
+        else problems.attempt(load_splits, recipe.data, recipe.base)
+    )
+    labels = problems.attempt(label_space, splits, recipe.data) if splits else None
+    teacher_source, teacher_config = model_config(recipe.teacher, recipe, problems)
+    student_source, student_config = model_config(recipe.student if recipe.student.model else None, recipe, problems)
+    if student_config is None and teacher_config is not None and not recipe.student.model:
+        student_config = problems.attempt(shrink_config, teacher_config, **shape_of(recipe))
+    tokenizer = problems.attempt(find_tokenizer, recipe, student_source or teacher_source)
+    teacher_tokenizer = problems.attempt(open_tokenizer, teacher_source) if student_source and teacher_source else None
+    problems.stop()
+    assert splits is not None and labels is not None and student_config is not None and tokenizer is not None
+
+    vocabulary = None
+    if teacher_config is not None:
+        rows = teacher_config.vocab_size, student_config.vocab_size
+        vocabulary = compare_vocabularies(teacher_tokenizer or tokenizer, tokenizer, *rows)
+    pair = pair_without_models(recipe, teacher_config, student_config, vocabulary)
+    problems.found += head_problems(recipe, teacher_config, labels)
+    if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
+        problems.found.append(
+            f"Teacher and student do not share a vocabulary ({vocabulary.reason}), so their inputs differ and neither "
+            "logits nor hidden states can be compared. Take a student with the teacher's tokenizer, or cut one out of "
+            "the teacher (student.num_blocks)."
+        )
+    if teacher_config is not None:
+        problems.found += method.problems(recipe.method, pair)
+    longest = getattr(student_config, "max_position_embeddings", None)
+    if longest and recipe.data.max_length > longest:
+        problems.found.append(
+            f"data.max_length is {recipe.data.max_length}, but the student has {longest} positions: give at most that."
+        )
+    problems.stop()
+    datasets = tokenise(splits, recipe.data, tokenizer, labels)
+    return Prepared(
+        recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
+        Collator(tokenizer, recipe.data), vocabulary, pair,
+        build_arguments(recipe.training, recipe.output, recipe.seed),
+    )  # fmt: skip
+
+
+def section_problems(recipe: Recipe) -> list[str]:
+    """Return what is wrong between sections whatever the models and the data hold."""
+    problems = []
+    if recipe.teacher is None and recipe.method.name != "none":
+        problems.append(
+            f"teacher is missing: the method {recipe.method.name!r} learns from one. Add teacher: {{model: ...}}."
+        )
+    if recipe.teacher is None and not recipe.student.model:
+        problems.append("teacher is missing: the student is to be cut out of it. Add it, or give student.model.")
+    if recipe.teacher is not None and recipe.teacher.finetune is not None:
+        problems += training_problems(finetune_arguments(recipe), place="teacher.finetune")
+    evaluates = recipe.training.get("eval_strategy", "no") != "no"
+    has_validation = recipe.data.validation is not None or not isinstance(recipe.data.train, str)
+    if evaluates and not has_validation and recipe.data.train not in ("installed-docs", "in-memory"):
+        problems.append("training.eval_strategy asks for evaluations, but data.validation is missing. Add it.")
+    return problems
+
+
+def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the teacher's own training arguments, without its seed, which is not the recipe's."""
+    assert recipe.teacher is not None and recipe.teacher.finetune is not None
+    return {name: value for name, value in recipe.teacher.finetune.items() if name != "seed"}
+
+
+def shape_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the shape that the student section asks for, as `make_student` and `shrink_config` take it."""
+    names = ("num_blocks", "hidden_size", "intermediate_size", "num_attention_heads")
+    return {name: getattr(recipe.student, name) for name in names}
+
+
+def model_config(section: Any, recipe: Recipe, problems: Problems) -> tuple[str | None, PreTrainedConfig | None]:
+    """Return where a model is and its config, or None for both where the section names no model."""
+    if section is None:
+        return None, None
+    source = problems.attempt(resolve_model_source, section.model, recipe.base)
+    if source is None:
+        return None, None
+    return source, problems.attempt(load_config, source, trust_remote_code=section.trust_remote_code)
+
+
+def find_tokenizer(recipe: Recipe, source: str | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that `data.tokenizer` names, else the student's, else the teacher's."""
+    if recipe.data.tokenizer is not None:
+        return open_tokenizer(resolve_model_source(recipe.data.tokenizer, recipe.base))
+    return open_tokenizer(source) if source is not None else None
+
+
+def pair_without_models(
+    recipe: Recipe,
+    teacher: PreTrainedConfig | None,
+    student: PreTrainedConfig,
+    vocabulary: VocabularyCheck | None,
+) -> Pair:
+    """Return the pair's shape as its configs tell it."""
+    is_language_model = recipe.data.task == "causal-lm"
+    return Pair(
+        teacher=None,
+        student=nn.Identity(),
+        task=recipe.data.task,
+        teacher_depth=depths_from_config(teacher) if teacher is not None else {},
+        student_depth=depths_from_config(student),
+        teacher_width=widths_from_config(teacher) if teacher is not None else {},
+        student_width=widths_from_config(student),
+        vocab_size=vocabulary.vocab_size if vocabulary is not None and is_language_model else None,
+        seed=recipe.seed,
+    )
+
+
+def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: LabelSpace) -> list[str]:
+    """Return why the teacher's head does not fit the labels (a teacher that is fine-tuned first gets a new one)."""
+    if teacher is None or recipe.method.name == "none" or recipe.teacher is None or recipe.teacher.finetune is not None:
+        return []
+    if recipe.data.task in FALLBACK_TASKS or teacher.num_labels == labels.num_labels:
+        return []
+    return [
+        f"The teacher {recipe.teacher.model} has {teacher.num_labels} labels, the data has {labels.num_labels} "
+        f"({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it fine-tuned first: "
+        "teacher.finetune: {num_train_epochs: 3}."
+    ]

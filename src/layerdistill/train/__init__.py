@@ -1,0 +1,1 @@
+"""The Trainer, the stage runner, resume and logging."""

@@ -1,0 +1,56 @@
+"""Student and objective as one module, so that a distributed wrapper sees every parameter that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Term
+from layerdistill.signals import student_signal
+
+
+class Composite(nn.Module):
+    """The student with the terms of one stage and their helper modules (projections, filters).
+
+    Always called through the wrapper that accelerate puts around it. It exposes no `config`, so that the Trainer does
+    not write training-time settings such as `use_cache` into the student's own configuration.
+    """
+
+    def __init__(self, student: nn.Module, terms: nn.ModuleList) -> None:
+        super().__init__()
+        self.student = student
+        self.terms = terms
+
+    def forward(self, batch: Batch, teacher: Signal | None, progress: Progress) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `{name: (total, count)}` of every term on this batch, in float32."""
+        signal = student_signal(self.student, batch, needs_of(self.terms, progress).student)
+        means: dict[str, Mean] = {}
+        for term in self.terms:
+            means.update(term(signal, teacher, batch, progress))
+        return {name: (mean.total, mean.count) for name, mean in means.items()}
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Turn on activation checkpointing in the student, non-reentrant so that captured states keep their graph."""
+        settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
+
+    def helper_state(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the helper modules, by name."""
+        return self.terms.state_dict()
+
+
+def needs_of(terms: Iterable[Any], progress: Progress) -> Needs:
+    """Return everything that the terms will read at this point of training."""
+    needs = Needs()
+    for term in terms:
+        needs = needs | term.needs(progress)
+    return needs
+
+
+def term_of(terms: Iterable[Any], name: str) -> Term:
+    """Return the term that made the mean called `name`; terms and their means share the word before the slash."""
+    return next(term for term in terms if term.name == name.partition("/")[0])

@@ -1,0 +1,57 @@
+"""Training arguments: transformers' own fields, with defaults that suit distillation and a few fields of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+TERM_GRADIENT_STEPS = 200
+"""Steps between two measurements of the terms' gradient norms, where nothing else is asked for."""
+
+
+@dataclass
+class LayerDistillationConfig(TrainingArguments):
+    """transformers' TrainingArguments with other defaults and the fields below; every transformers field works.
+
+    Other defaults: no tracker unless `report_to` names one; logging every 50 steps; a checkpoint every 500 steps, the
+    newest kept; no per-step check of the loss for NaN (a host synchronisation), because the logged means are checked.
+    """
+
+    term_gradient_steps: int = field(
+        default=TERM_GRADIENT_STEPS,
+        metadata={"help": "Steps between two measurements of each term's gradient norm; 0 turns them off."},
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the newest is always kept."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, such as tensorboard."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See transformers' TrainingArguments."})
+
+
+RESERVED = {
+    "output_dir": "the recipe's `output`",
+    "seed": "the recipe's `seed`",
+    "data_seed": "the recipe's `seed`",
+    "resume_from_checkpoint": "nothing: the same command resumes by itself",
+    "remove_unused_columns": "nothing: columns are chosen by the data section",
+}
+"""TrainingArguments that another part of a recipe decides, and which part."""
+
+
+def field_names() -> list[str]:
+    """Return the names that a recipe's training section may use."""
+    return [item.name for item in fields(LayerDistillationConfig) if item.init and item.name not in RESERVED]
+
+
+def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> LayerDistillationConfig:
+    """Return the arguments of one stage; raises ValueError or TypeError from transformers for impossible values.
+
+    Without an accelerator `use_cpu` is set, because transformers refuses `bf16` on a processor otherwise.
+    """
+    ours = {"output_dir": output_dir, "seed": seed}
+    if not torch.accelerator.is_available():
+        ours["use_cpu"] = True
+    return LayerDistillationConfig(**{**training, **ours})

@@ -1,0 +1,132 @@
+"""Run one stage to its end, from wherever an earlier command left it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from layerdistill.core.errors import Interrupted
+from layerdistill.core.files import explained_disk_errors, sweep_partials, whole_folder
+from layerdistill.core.types import Stage
+from layerdistill.signals import TeacherSource
+from layerdistill.train.composite import Composite
+from layerdistill.train.config import build_arguments
+from layerdistill.train.interruption import Interruption
+from layerdistill.train.metrics_file import MetricsFile
+from layerdistill.train.progress_bar import ProgressBar
+from layerdistill.train.trainer import StageTrainer, as_columns, load_stage
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "finished"
+"""The folder of a stage's end state inside its checkpoint folder."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """What every stage of a run is trained on and with; `datasets` may hold `validation`."""
+
+    task: str
+    datasets: dict[str, Any]
+    collator: Any
+    tokenizer: Any
+    training: dict[str, Any] | TrainingArguments
+    seed: int
+    folder: Path
+    console: Console
+    compute_metrics: Any = None
+
+
+def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) -> None:
+    """Train `stage.student` and the stage's helpers in place; raises Interrupted when the user stopped it.
+
+    A stage that ended before is only loaded; one that was interrupted or killed goes on from its newest checkpoint.
+    """
+    folder = given.folder / "checkpoints" / stage.name
+    finished = folder / FINISHED
+    if finished.exists():
+        load_stage(Composite(stage.student, stage.terms), finished)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_partials(folder)
+    trainer, interruption, bar = make_trainer(stage, given, teacher, folder)
+    newest = get_last_checkpoint(str(folder))
+    try:
+        with interruption.listening():
+            if newest is not None and is_at_end(Path(newest)):
+                load_stage(trainer.composite, best_or(Path(newest), trainer.args.load_best_model_at_end))
+            else:
+                trainer.train(resume_from_checkpoint=newest)
+    finally:
+        bar.close()
+    if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps} of stage {stage.name!r}; "
+            f"the state is saved in {folder}. Give the same command again to go on."
+        )
+    if trainer.is_world_process_zero():
+        with explained_disk_errors("The finished stage", finished), whole_folder(finished) as partial:
+            trainer._save(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+
+
+def make_trainer(
+    stage: Stage, given: StageInput, teacher: TeacherSource | None, folder: Path
+) -> tuple[StageTrainer, Interruption, ProgressBar]:
+    """Return the trainer of a stage with our callbacks in place of transformers' printing ones."""
+    interruption = Interruption()
+    bar = ProgressBar(stage.name, given.console)
+    columns = ["input_ids", "attention_mask", "token_type_ids", "labels"]
+    trainer = StageTrainer(
+        stage,
+        given.task,
+        stage_arguments(given, stage, folder),
+        as_columns(given.datasets["train"], columns),
+        teacher,
+        eval_dataset=as_columns(given.datasets.get("validation"), columns),
+        data_collator=given.collator,
+        processing_class=given.tokenizer,
+        compute_metrics=given.compute_metrics,
+        callbacks=[interruption, bar, MetricsFile(given.folder / "metrics.jsonl", stage.name)],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer, interruption, bar
+
+
+def stage_arguments(given: StageInput, stage: Stage, folder: Path) -> TrainingArguments:
+    """Return the arguments of one stage: the recipe's fields (or what Python code gave) with the stage's own."""
+    changes = {**stage.training, "remove_unused_columns": False}
+    if isinstance(given.training, dict):
+        return build_arguments({**given.training, **changes}, str(folder), given.seed)
+    arguments = copy.copy(given.training)
+    for name, value in {**changes, "output_dir": str(folder)}.items():
+        setattr(arguments, name, value)
+    return arguments
+
+
+def is_at_end(checkpoint: Path) -> bool:
+    """Whether training had done all its steps when the checkpoint was written; transformers would do one more."""
+    state = read_state(checkpoint)
+    return state["global_step"] >= state["max_steps"]
+
+
+def best_or(checkpoint: Path, wants_best: bool) -> Path:
+    """Return the best checkpoint when training was to end with it, else the one given."""
+    best = read_state(checkpoint).get("best_model_checkpoint")
+    return Path(best) if wants_best and best and Path(best).exists() else checkpoint
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's trainer state."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

@@ -1,0 +1,239 @@
+"""The one trainer: transformers' Trainer, taught to run a teacher and to add up named terms exactly."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, replace_folder, sync_folder
+from layerdistill.core.types import Batch, Progress, Stage
+from layerdistill.matching.task_loss import task_loss
+from layerdistill.signals import TeacherSource, student_signal
+from layerdistill.train.composite import Composite, needs_of, term_of
+from layerdistill.train.config import TERM_GRADIENT_STEPS
+from layerdistill.train.sampler import EpochSampler
+from layerdistill.train.term_log import TermLog
+from layerdistill.train.units import count_of, sum_units
+
+HELPERS_FILE = "helpers.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class StageTrainer(Trainer):
+    """Trains one stage: a student and its terms, with the teacher outside.
+
+    Every term is a sum divided by a count. Before an optimisation step the counts of all its micro-batches and
+    processes are known, so gradients do not depend on how a batch was cut (CKA, one number per batch, excepted).
+    `loss_is_scaled_for_ga` tells the Trainer that the loss is already divided for gradient accumulation.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        stage: Stage,
+        task: str,
+        args: TrainingArguments,
+        train_dataset: Any,
+        teacher: TeacherSource | None = None,
+        **options: Any,
+    ) -> None:
+        self.task = task
+        self.teacher_source = teacher
+        self.step_counts: Tensor | None = None
+        self.epoch_sampler: EpochSampler | None = None
+        self.partial_folder: Path | None = None
+        super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
+        gradient_steps = getattr(args, "term_gradient_steps", TERM_GRADIENT_STEPS)
+        self.term_log = TermLog(stage.terms, gradient_steps)
+        self.label_names = ["labels"]
+
+    @property
+    def composite(self) -> Composite:
+        """The student with its terms, without any distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands, from the state that checkpoints hold."""
+        return Progress(epoch=int(self.state.epoch or 0), step=self.state.global_step)
+
+    # Loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """Fetch the micro-batches of one optimisation step and count their units over all processes."""
+        batches: list[Batch] = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        if batches:
+            self.step_counts = self.accelerator.reduce(sum_units(batches, self.task).to(device), "sum")
+        return batches, None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Return this micro-batch's share of the step's objective; the terms are kept for the log."""
+        progress = self.progress
+        composite = self.composite
+        needs = needs_of(composite.terms, progress)
+        teacher = None
+        if needs.teacher_at_all:
+            if self.teacher_source is None:
+                raise UserError(
+                    "The method needs a teacher, but none was given. Pass teacher_model=..., or use the method 'none'."
+                )
+            teacher = self.teacher_source.signal(inputs, needs)
+        sums = model(inputs, teacher, progress)
+        assert self.step_counts is not None, "get_batch_samples runs before compute_loss"
+        shares: dict[str, Tensor] = {}
+        for name, (total, _) in sums.items():
+            term = term_of(composite.terms, name)
+            count = count_of(self.step_counts, term.unit(name))
+            share = term.coefficient(name, progress) * total / count.to(total.dtype) * self.accelerator.num_processes
+            shares[term.name] = shares[term.name] + share if term.name in shares else share
+        self.term_log.add(sums)
+        if self.term_log.measures_at(self.state.global_step):
+            self.term_log.measure_gradients(shares, composite.student, self.state.global_step)
+        return torch.stack(list(shares.values())).sum()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the student's task loss (not the whole objective: no teacher is run), logits and labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = student_signal(self.composite.student, inputs, frozenset()).logits
+            labels = inputs.get("labels")
+            loss = task_loss(self.task, logits, inputs).value if labels is not None else None
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms' means since the last log line; raises UserError when one of them is not finite."""
+        if "loss" in logs:
+            logs.update(self.term_log.take(self.accelerator, self.state.global_step))
+        super().log(logs, start_time)
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not hasattr(dataset, "__len__") or strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        lengths = None
+        if strategy == "group_by_length":
+            lengths = [len(ids) for ids in dataset["input_ids"]]
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.epoch_sampler = EpochSampler(len(dataset), seed, lengths, batch_size)
+        return self.epoch_sampler
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        # accelerate forwards set_epoch through at most two wrappers; a resumed distributed epoch has three.
+        if self.epoch_sampler is not None:
+            self.epoch_sampler.set_epoch(options["epoch"])
+        super()._run_epoch(*args, **options)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            student = self.composite.student
+            self._signature_columns = [*inspect.signature(student.forward).parameters, "label", "label_ids", "labels"]
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.partial_folder) if self.partial_folder is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it into it, so that no half checkpoint is ever resumed."""
+        self.term_log.refuse_pending(self.state.global_step)
+        root = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self.partial_folder = root / f"{PARTIAL_PREFIX}{name}"
+        try:
+            with explained_disk_errors("The checkpoint", root):
+                if self.is_world_process_zero():
+                    shutil.rmtree(self.partial_folder, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self._finish_checkpoint(self.partial_folder / name, root / name)
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(self.partial_folder, ignore_errors=True)
+            self.partial_folder = None
+        self.accelerator.wait_for_everyone()
+
+    def _finish_checkpoint(self, written: Path, target: Path) -> None:
+        if self.state.best_global_step:
+            best = target.parent / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        sync_folder(written)
+        replace_folder(written, target)
+        limit, best_checkpoint = self.args.save_total_limit, self.state.best_model_checkpoint
+        rotate_checkpoints(str(target.parent), save_total_limit=limit, best_model_checkpoint=best_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the student as a stock `from_pretrained` folder and the helper modules beside it; never a pickle."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_student(self.composite.student, folder, self.processing_class)
+        if helpers := {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.composite.helper_state().items()
+        }:
+            save_file(helpers, folder / HELPERS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_stage(self.composite, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_stage(self.composite, Path(self.state.best_model_checkpoint))
+
+
+def save_student(student: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer."""
+    student.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_stage(composite: Composite, folder: Path) -> None:
+    """Read a student and its helpers back into the modules they came from; raises UserError when files do not fit."""
+    try:
+        load_model(composite.student, folder / WEIGHTS_FILE, strict=True)
+        if (folder / HELPERS_FILE).exists():
+            composite.terms.load_state_dict(load_file(folder / HELPERS_FILE))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"The checkpoint {folder} cannot be read ({error}). Delete that folder and give the same command again: "
+            "training goes on from the checkpoint before it, or from the start."
+        ) from error
+
+
+def as_columns(dataset: Any, columns: Sequence[str]) -> Any:
+    """Return a dataset with only those of `columns` that it has (anything but a `datasets.Dataset` is left alone)."""
+    if not isinstance(dataset, Dataset):
+        return dataset
+    return dataset.select_columns([name for name in columns if name in dataset.column_names])
