@@ -23,10 +23,7 @@ def random_for(seed: int, *purpose: object) -> random.Random:
 
 @contextmanager
 def seeded(seed: int, *purpose: object) -> Iterator[None]:
-    """Run a block under torch's generator for one purpose and put the generator back afterwards."""
-    state = torch.random.get_rng_state()
-    torch.manual_seed(derive_seed(seed, *purpose))
-    try:
+    """Run a block under torch's generator for one purpose and put the generators back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, *purpose))
         yield
-    finally:
-        torch.random.set_rng_state(state)

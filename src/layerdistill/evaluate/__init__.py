@@ -1,0 +1,42 @@
+"""How good a model is (metrics, with every prediction kept) and what it costs (parameters, MACs, time, memory)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+HOMES = {
+    "EvaluationConfig": "config",
+    "metric_problems": "config",
+    "EvaluationResult": "evaluator",
+    "evaluate_model": "evaluator",
+    "compute_metrics": "metrics",
+    "save_predictions": "predictions",
+    "measure_cost": "cost",
+    "measure_costs": "cost",
+}
+"""Public names and their modules; loaded when first used, because reports and recipes read `config` without torch."""
+
+__all__ = [
+    "EvaluationConfig",
+    "EvaluationResult",
+    "compute_metrics",
+    "evaluate_model",
+    "measure_cost",
+    "measure_costs",
+    "metric_problems",
+    "save_predictions",
+]
+
+if TYPE_CHECKING:
+    from layerdistill.evaluate.config import EvaluationConfig, metric_problems
+    from layerdistill.evaluate.cost import measure_cost, measure_costs
+    from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model
+    from layerdistill.evaluate.metrics import compute_metrics
+    from layerdistill.evaluate.predictions import save_predictions
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'layerdistill.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f"layerdistill.evaluate.{HOMES[name]}"), name)

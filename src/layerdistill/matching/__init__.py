@@ -1,0 +1,47 @@
+"""The mathematics: pure functions of tensors that any training loop can use; imports torch and `core` only."""
+
+from layerdistill.matching.angles import angle_null, layer_angles
+from layerdistill.matching.cka import CkaStatistics, cka_from_statistics, cka_loss, cka_statistics, linear_cka
+from layerdistill.matching.hidden import cosine_loss, masked_mse, normalised_mse
+from layerdistill.matching.layer_map import LayerMap, MapRow, layer_map, map_rows
+from layerdistill.matching.logits import (
+    binary_cross_entropy,
+    binary_kl,
+    causal_shift,
+    cross_entropy,
+    forward_kl,
+    js_divergence,
+    logit_mse,
+    mean_squared_error,
+    reverse_kl,
+    soft_cross_entropy,
+)
+from layerdistill.matching.projection import Projections
+
+__all__ = [
+    "CkaStatistics",
+    "LayerMap",
+    "MapRow",
+    "Projections",
+    "angle_null",
+    "binary_cross_entropy",
+    "binary_kl",
+    "causal_shift",
+    "cka_from_statistics",
+    "cka_loss",
+    "cka_statistics",
+    "cosine_loss",
+    "cross_entropy",
+    "forward_kl",
+    "js_divergence",
+    "layer_angles",
+    "layer_map",
+    "linear_cka",
+    "logit_mse",
+    "map_rows",
+    "masked_mse",
+    "mean_squared_error",
+    "normalised_mse",
+    "reverse_kl",
+    "soft_cross_entropy",
+]

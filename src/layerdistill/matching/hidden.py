@@ -1,0 +1,80 @@
+"""Losses between two hidden states of equal width, averaged over real tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Mean
+from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_rows, same_rows, summed
+
+
+@in_full_precision
+def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, divide_by_teacher: bool = False) -> Mean:
+    """Squared difference, averaged over the hidden axis within a token and then over real tokens.
+
+    `student` and `teacher` are `(batch, seq, hidden)` with `mask` `(batch, seq)`, or `(tokens, hidden)` with `mask`
+    `(tokens,)`; no mask means that all tokens are real. The count is in tokens. No gradient reaches the teacher.
+
+    `divide_by_teacher` divides by the mean square of the teacher's real entries in this call, which makes the loss 1
+    for a student of zeros, whatever the layer's scale. It also makes the loss depend on how tokens are batched:
+    micro-batches added together differ from their whole batch. A teacher of zeros is not divided by.
+
+    Raises UserError when shapes differ.
+    """
+    s, t = _token_pairs(student, teacher, mask)
+    mean = summed((s - t).square().mean(-1))
+    if not divide_by_teacher:
+        return mean
+    teacher_square = t.square().sum() / max(t.numel(), 1)
+    scale = torch.where(teacher_square == 0, torch.ones_like(teacher_square), teacher_square)
+    return Mean(mean.total / scale, mean.count)
+
+
+@in_full_precision
+def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Mean:
+    """One minus the cosine between the student's and the teacher's vector, averaged over real tokens; range 0 to 2.
+
+    Shapes and mask as in `masked_mse`; the count is in tokens. A zero vector has no direction: its cosine is taken as
+    0 (a loss of 1), and it receives no gradient. Source: DistilBERT (Sanh et al. 2019), cosine embedding loss.
+    Raises UserError when shapes differ.
+    """
+    s, t = (_directions(side) for side in _token_pairs(student, teacher, mask))
+    without_direction = (~s.any(-1)).to(s.dtype) + (~t.any(-1)).to(t.dtype)
+    # Half the squared distance of unit vectors, because 1 - <s, t> would leave a rounding error at equality.
+    return summed(((s - t).square().sum(-1) + without_direction) / 2)
+
+
+@in_full_precision
+def normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Mean:
+    """Squared distance, summed over the hidden axis, of the two vectors each divided by its L2 norm.
+
+    Equal to `2 (1 - cos)`, so it ranges from 0 to 4 and does not shrink with the width. Shapes and mask as in
+    `masked_mse`; the count is in tokens. The distance is squared, so the gradient is smooth where the two agree (the
+    un-squared distance of some code is not). A zero vector stays zero and receives no gradient.
+
+    Source: LoRAILD (Suzuki et al. 2025), per layer and over real tokens only; their code normalises the concatenation
+    of all layers and averages over padding too. Raises UserError when shapes differ.
+    """
+    s, t = (_directions(side) for side in _token_pairs(student, teacher, mask))
+    return summed((s - t).square().sum(-1))
+
+
+def _token_pairs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if student.shape[-1] != teacher.shape[-1]:
+        raise UserError(
+            f"the student's hidden states are {student.shape[-1]} wide and the teacher's {teacher.shape[-1]}, but this "
+            "loss compares equal widths: put a projection (linear, orthogonal, frozen_random) before it, or use the "
+            "cka loss, which needs none."
+        )
+    same_rows(student, teacher)
+    return in_one_dtype(real_rows(student, mask), real_rows(teacher.detach(), mask))
+
+
+def _directions(rows: Tensor) -> Tensor:
+    square = rows.square().sum(-1, keepdim=True)
+    # Written with <=, which is false for NaN, so that a NaN in a real token is not turned into a zero vector.
+    without = square <= torch.finfo(rows.dtype).tiny
+    norm = torch.where(without, torch.ones_like(square), square).sqrt()
+    return torch.where(without, torch.zeros_like(rows), rows / norm)

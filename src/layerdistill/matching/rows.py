@@ -1,0 +1,76 @@
+"""Which rows a loss may look at, and in which precision: real tokens only, float32 or better, autocast off."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Mean
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with autocast switched off on the device of its first tensor argument."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
+        with torch.autocast(first.device.type if first is not None else "cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def upcast(values: Tensor) -> Tensor:
+    """Return `values` in float32, or in float64 if they were."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of `(..., features)` where `mask`, shaped `(...)`, is not 0, as `(rows, features)`, upcast.
+
+    Rows are selected, not multiplied by the mask: what stands in padding, NaN included, reaches neither the value nor
+    the gradient. Raises UserError when the shapes do not fit.
+    """
+    if values.dim() < 2:
+        raise UserError(
+            f"features have shape {tuple(values.shape)}, but must be (batch, seq, hidden) or (tokens, hidden): add the "
+            "missing axis, for example with .unsqueeze(-1)."
+        )
+    flat = values.reshape(-1, values.shape[-1])
+    if mask is None:
+        return upcast(flat)
+    if mask.shape != values.shape[:-1]:
+        raise UserError(
+            f"the mask has shape {tuple(mask.shape)}, but must have the shape of the features without their last axis, "
+            f"{tuple(values.shape[:-1])}: 1 (or True) on real tokens, 0 on padding."
+        )
+    kept = mask.reshape(-1).to(flat.device).ne(0).nonzero().squeeze(1)
+    return upcast(flat.index_select(0, kept))
+
+
+def same_rows(student: Tensor, teacher: Tensor) -> None:
+    """Raise UserError unless both sides have the same batch and sequence axes."""
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise UserError(
+            f"the student has shape {tuple(student.shape)} and the teacher {tuple(teacher.shape)}: all axes but the "
+            "last must be equal, because the two are compared token by token. Give both models the same batch."
+        )
+
+
+def in_one_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both tensors in the wider of their dtypes."""
+    wider = torch.promote_types(first.dtype, second.dtype)
+    return first.to(wider), second.to(wider)
+
+
+def summed(per_row: Tensor) -> Mean:
+    """Return the mean over rows of a `(rows,)` tensor as a sum and a count."""
+    return Mean(per_row.sum(), per_row.new_tensor(per_row.shape[0]))

@@ -1,0 +1,29 @@
+"""The loss on the labels, by task."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from layerdistill.core.types import Batch, Mean, Unit
+from layerdistill.matching.logits import binary_cross_entropy, causal_shift, cross_entropy, mean_squared_error
+
+
+def task_loss(task: str, logits: Tensor, batch: Batch) -> Mean:
+    """Return the task's own loss: cross-entropy, binary cross-entropy, squared error, or next-token cross-entropy.
+
+    `logits` is `(batch, classes)`, or `(batch, seq, vocab)` for causal-lm. Computed here rather than by the model, so
+    that its count is known and gradient accumulation is exact.
+    """
+    labels = batch["labels"]
+    if task == "causal-lm":
+        return cross_entropy(*causal_shift(logits, labels))
+    if task == "regression":
+        return mean_squared_error(logits, labels)
+    if task == "multi-label-classification":
+        return binary_cross_entropy(logits, labels)
+    return cross_entropy(logits, labels)
+
+
+def label_unit(task: str) -> Unit:
+    """Return what one labelled thing is in this task."""
+    return "label" if task == "causal-lm" else "example"
