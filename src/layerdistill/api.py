@@ -19,7 +19,7 @@ from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, widths
 from layerdistill.recipe import explain
-from layerdistill.signals import LiveTeacher
+from layerdistill.capture import LiveTeacher
 from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import StageTrainer

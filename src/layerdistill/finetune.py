@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets as hf_datasets
 import torch
 import transformers
 from rich.console import Console
@@ -19,6 +18,7 @@ from layerdistill.core.files import explained_disk_errors, whole_folder, write_j
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.types import Stage
 from layerdistill.methods.task_term import TaskTerm
+from layerdistill.data import fingerprint_dataset, padding_id
 from layerdistill.models import LoadedModel, load_model
 from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments
 from layerdistill.train.stage import StageInput, run_stage
@@ -42,29 +42,38 @@ def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], c
     section = prepared.recipe.teacher
     if section is None or prepared.teacher_source is None:
         return None
-    loaded = open_model(prepared, prepared.teacher_source, section)
     if section.finetune is None:
+        loaded = open_model(prepared, prepared.teacher_source, section, section.dtype)
         refuse_random_head(prepared, loaded)
         return loaded.model
+    # Trained in float32 whatever the dtype it is run in: bf16 weights lose small updates.
+    loaded = open_model(prepared, prepared.teacher_source, section, "float32", replace_head=True)
     name = teacher_fingerprint(prepared, loaded.model)
     folder = kept_teachers() / name
     if not folder.exists():
         console.print(f"Fine-tuning the teacher {section.model} on the task; it is kept in {folder} and reused.")
         make_teacher(prepared, loaded.model, folder, make_input)
-    return open_model(prepared, str(folder), section).model
+    return open_model(prepared, str(folder), section, section.dtype).model
 
 
-def open_model(prepared: Prepared, source: str, section: Any) -> LoadedModel:
-    """Load a model with the head that the task needs."""
-    return load_model(
+def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replace_head: bool = False) -> LoadedModel:
+    """Load a model with the head that the task needs, and with the names of the labels in its config."""
+    loaded = load_model(
         source,
         prepared.recipe.data.task,
-        num_labels=prepared.labels.num_labels,
-        label_names=prepared.labels.names,
+        num_labels=prepared.labels.num_labels or None,
         trust_remote_code=section.trust_remote_code,
-        dtype=section.dtype,
+        dtype=dtype,
+        revision=section.revision,
+        attn_implementation=section.attn_implementation,
+        pad_token_id=padding_id(prepared.tokenizer),
+        replace_head=replace_head,
         seed=DEFAULT_SEED,
     )
+    if prepared.labels.names:
+        loaded.model.config.id2label = dict(enumerate(prepared.labels.names))
+        loaded.model.config.label2id = {name: index for index, name in enumerate(prepared.labels.names)}
+    return loaded
 
 
 def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
@@ -80,15 +89,11 @@ def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
 
 def teacher_fingerprint(prepared: Prepared, model: nn.Module) -> str:
     """Return what identifies a fine-tuned teacher: first weights, tokenised training data, arguments, versions."""
-    train = prepared.datasets["train"]
-    hasher = hf_datasets.fingerprint.Hasher()
-    for column in ("input_ids", "labels"):
-        hasher.update(train.with_format("arrow")[column].combine_chunks().to_pylist())
     assert prepared.recipe.teacher is not None
     return fingerprint_json(
         {
             "weights": fingerprint_model(model),
-            "data": hasher.hexdigest(),
+            "data": fingerprint_dataset(prepared.datasets["train"]),
             "task": prepared.recipe.data.task,
             "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
             "finetune": prepared.recipe.teacher.finetune,

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from layerdistill.core.types import Progress
 from layerdistill.matching import LayerMap, map_rows
 from layerdistill.methods.table import find_method
-from layerdistill.models import build_on_meta, count_parameters
+from layerdistill.models import count_parameters, empty_model
 from layerdistill.prepare import Prepared, prepare
 from layerdistill.recipe import Recipe, dump_recipe
 
@@ -84,7 +84,7 @@ def show_models(prepared: Prepared, console: Console) -> None:
 
 def parameters_of(prepared: Prepared, config: PreTrainedConfig) -> dict[str, int]:
     """Return the parameter counts of a config's model with the task's head, without allocating it."""
-    return count_parameters(build_on_meta(config, prepared.recipe.data.task, prepared.labels.num_labels))
+    return count_parameters(empty_model(config, prepared.recipe.data.task, prepared.labels.num_labels or None))
 
 
 def activation_bytes(prepared: Prepared) -> int:

@@ -38,6 +38,9 @@ from layerdistill.train.config import LayerDistillationConfig, build_arguments
 
 Result = TypeVar("Result")
 
+ROBERTA_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "esm", "ibert"}
+"""Model types whose position table begins after the padding id."""
+
 FALLBACK_TASKS = {"causal-lm"}
 """Tasks whose base model already has the head that the task needs."""
 
@@ -132,18 +135,23 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         )
     if teacher_config is not None:
         problems.found += method.problems(recipe.method, pair)
-    longest = getattr(student_config, "max_position_embeddings", None)
-    if longest and recipe.data.max_length > longest:
-        problems.found.append(
-            f"data.max_length is {recipe.data.max_length}, but the student has {longest} positions: give at most that."
-        )
+    longest = [positions(config) for config in (teacher_config, student_config) if config is not None]
+    datasets = problems.attempt(
+        tokenise, splits, recipe.data, tokenizer, labels, min(filter(None, longest), default=None)
+    )
     problems.stop()
-    datasets = tokenise(splits, recipe.data, tokenizer, labels)
+    assert datasets is not None
     return Prepared(
         recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
-        Collator(tokenizer, recipe.data), vocabulary, pair,
+        make_collator(recipe, tokenizer), vocabulary, pair,
         build_arguments(recipe.training, recipe.output, recipe.seed),
     )  # fmt: skip
+
+
+def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    """Return the collator that the data section asks for."""
+    data = recipe.data
+    return Collator(tokenizer, data.task, data.padding, data.max_length, data.pad_to_multiple_of)
 
 
 def section_problems(recipe: Recipe) -> list[str]:
@@ -172,8 +180,8 @@ def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def shape_of(recipe: Recipe) -> dict[str, Any]:
     """Return the shape that the student section asks for, as `make_student` and `shrink_config` take it."""
-    names = ("num_blocks", "hidden_size", "intermediate_size", "num_attention_heads")
-    return {name: getattr(recipe.student, name) for name in names}
+    names = ("num_blocks", "hidden_size", "intermediate_size", "num_attention_heads", "init", "copy_map")
+    return {name: getattr(recipe.student, name) for name in names} | {"seed": recipe.seed}
 
 
 def model_config(section: Any, recipe: Recipe, problems: Problems) -> tuple[str | None, PreTrainedConfig | None]:
@@ -212,6 +220,17 @@ def pair_without_models(
         vocab_size=vocabulary.vocab_size if vocabulary is not None and is_language_model else None,
         seed=recipe.seed,
     )
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model's position table holds, None for relative and rotary positions.
+
+    RoBERTa and its kin count positions from the padding id on, so two rows of their table are never used.
+    """
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows and config.model_type in ROBERTA_POSITIONS:
+        return rows - config.pad_token_id - 1
+    return rows
 
 
 def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: LabelSpace) -> list[str]:

@@ -34,7 +34,7 @@ from layerdistill.finetune import load_teacher, open_model
 from layerdistill.models import make_student, resolve_model_source
 from layerdistill.prepare import Prepared, prepare, shape_of
 from layerdistill.recipe import Recipe, dump_recipe, load_recipe
-from layerdistill.signals import LiveTeacher
+from layerdistill.capture import LiveTeacher
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -128,11 +128,14 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
             section.batch_size,
         )
         result[name] = found.metrics
+        if found.undefined:
+            result.setdefault("undefined", {})[name] = found.undefined
         if folder is not None:
             file = "predictions.parquet" if name == "student" else f"predictions-{name}.parquet"
             save_predictions(found.predictions, folder / file)
     if section.cost:
-        result["cost"] = measure_costs(models, section.seq_for(data.max_length), section)
+        folders = {"student": folder / STUDENT_FOLDER if folder is not None else None}
+        result["cost"] = measure_costs(models, section.seq_for(data.max_length), section, folders)
     return result
 
 
@@ -144,7 +147,7 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     prepared = prepare(recipe)
     folder = Path(model)
     source = str(folder / STUDENT_FOLDER) if (folder / STUDENT_FOLDER).is_dir() else resolve_model_source(model, None)
-    loaded = open_model(prepared, source, recipe.student)
+    loaded = open_model(prepared, source, recipe.student, recipe.student.dtype)
     if loaded.fresh_keys and recipe.data.task != "causal-lm":
         raise UserError(
             f"{source} has no trained head for this recipe's task and labels (new weights: "
@@ -157,9 +160,9 @@ def load_student_model(prepared: Prepared, teacher: nn.Module | None) -> nn.Modu
     """Return the student at its start: cut out of the teacher, or a pretrained model of its own."""
     section = prepared.recipe.student
     if prepared.student_source is not None:
-        return open_model(prepared, prepared.student_source, section).model
+        return open_model(prepared, prepared.student_source, section, section.dtype).model
     shape = shape_of(prepared.recipe)
-    return make_student(teacher, **shape, init=section.init, copy_map=section.copy_map, seed=prepared.recipe.seed)
+    return make_student(teacher, **shape)
 
 
 def stage_input(prepared: Prepared, folder: Path, console: Console) -> StageInput:

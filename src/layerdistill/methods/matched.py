@@ -57,6 +57,11 @@ def build_maps(config: LayerMapConfig, pair: Pair) -> list[LayerMap]:
             f"The student has {stack_names(pair.student_depth)}, the teacher {stack_names(pair.teacher_depth)}: hidden "
             " states are matched stack by stack. Choose a student with the teacher's kind of architecture."
         )
+    bare = [list(names) for names in explicit_pairs(config) if "" not in pair.student_depth and not stack_of(names[0])]
+    if bare:
+        raise UserError(
+            f"The pairs {bare} do not say which stack they mean. In an encoder-decoder model write encoder.3 or decoder.3."
+        )
     return [
         layer_map(
             pairs_of_stack(config.layer_map, stack),
@@ -79,7 +84,17 @@ def pairs_of_stack(
     """Return a strategy as it is, and of explicit pairs those of one stack (all of them where there is only one)."""
     if isinstance(given, str):
         return given
-    return [pair for pair in given if not stack or LayerRef.parse(pair[0]).stack == stack]
+    return [pair for pair in given if not stack or stack_of(pair[0]) == stack]
+
+
+def explicit_pairs(config: LayerMapConfig) -> list[tuple[LayerName, LayerName]]:
+    """Return the pairs that a config lists, none for a strategy."""
+    return [] if isinstance(config.layer_map, str) else config.layer_map
+
+
+def stack_of(name: LayerName) -> StackName:
+    """Return the stack that a layer's name says, `""` for a bare number."""
+    return LayerRef.parse(name).stack
 
 
 def stack_names(depths: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Term
-from layerdistill.signals import student_signal
+from layerdistill.capture import student_signal
 
 
 class Composite(nn.Module):

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from layerdistill.core.errors import Interrupted
 from layerdistill.core.files import explained_disk_errors, sweep_partials, whole_folder
 from layerdistill.core.types import Stage
-from layerdistill.signals import TeacherSource
+from layerdistill.capture import TeacherSource
 from layerdistill.train.composite import Composite
 from layerdistill.train.config import build_arguments
 from layerdistill.train.interruption import Interruption
@@ -86,7 +86,7 @@ def make_trainer(
     """Return the trainer of a stage with our callbacks in place of transformers' printing ones."""
     interruption = Interruption()
     bar = ProgressBar(stage.name, given.console)
-    columns = ["input_ids", "attention_mask", "token_type_ids", "labels"]
+    columns = ["input_ids", "attention_mask", "token_type_ids", "labels", "length"]
     trainer = StageTrainer(
         stage,
         given.task,

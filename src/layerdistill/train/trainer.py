@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging as hf_logging
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, replace_folder, sync_folder
 from layerdistill.core.types import Batch, Progress, Stage
 from layerdistill.matching.task_loss import task_loss
-from layerdistill.signals import TeacherSource, student_signal
+from layerdistill.capture import TeacherSource, student_signal
 from layerdistill.train.composite import Composite, needs_of, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS
 from layerdistill.train.sampler import EpochSampler
@@ -141,7 +142,9 @@ class StageTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = None
         if strategy == "group_by_length":
-            lengths = [len(ids) for ids in dataset["input_ids"]]
+            column = self.args.length_column_name
+            lengths = dataset[column] if column in dataset.column_names else [len(ids) for ids in dataset["input_ids"]]
+            lengths = list(lengths)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         self.epoch_sampler = EpochSampler(len(dataset), seed, lengths, batch_size)
@@ -214,7 +217,13 @@ class StageTrainer(Trainer):
 
 def save_student(student: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer."""
-    student.save_pretrained(folder)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        student.save_pretrained(folder)
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,140 @@
+"""What models say about a batch: one way to run them, for the student (with its graph) and the teacher (without)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerdistill.capture.hooks import Captured, capture
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName
+from layerdistill.models import find_stacks, unwrap
+
+IGNORED = -100
+"""The label that losses skip."""
+
+_NOT_INPUTS = frozenset({"labels", "use_cache", "return_dict", "output_hidden_states", "output_attentions"})
+
+
+class TeacherSource(Protocol):
+    """Whatever can say what the teacher says: the live model, or a cache of it."""
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        """Return the teacher's logits and layers that `needs` asks for, on this batch."""
+        ...
+
+
+class LiveTeacher:
+    """A teacher that is run on every batch: in eval mode, frozen, without a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        """Return the teacher's signal, in its own dtype; the head is run only if logits are asked for."""
+        with torch.no_grad():
+            return run_model(self.model, batch, needs.teacher, logits=needs.teacher_logits)
+
+
+def student_signal(model: nn.Module, batch: Batch, layers: Iterable[LayerRef]) -> Signal:
+    """Return the student's logits and `layers` with their graph."""
+    return run_model(model, batch, layers, logits=True)
+
+
+def run_model(model: nn.Module, batch: Batch, layers: Iterable[LayerRef], logits: bool) -> Signal:
+    """Run `model` once on `batch` and return its signal; labels are not passed, so it computes no loss of its own.
+
+    Without `logits` only the base model is run, and nothing at all when no layer is wanted either. `masks` holds
+    `attention_mask` (ones if there is none); in an encoder-decoder `masks["decoder"]` is `decoder_attention_mask`, else
+    where `labels` of decoder positions are not -100, else the encoder's (a classifier decodes its own input).
+    """
+    layers = tuple(layers)
+    inner = unwrap(model)
+    inputs = _inputs(inner, batch)
+    masks = batch_masks(inner, batch)
+    if not layers and not logits:
+        return Signal(None, {}, masks)
+    # A base model is not called through the wrapper, and only its class knows what a decoder gets for labels.
+    whole = logits or model is not inner or (inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs)
+    called = model if whole else inner.base_model
+    with capture(model, layers) as hidden:
+        output = called(**_accepted(inner if whole else inner.base_model, inputs))
+    found = {layer: restore_padding(tensor, masks[layer.stack]) for layer, tensor in _all(hidden, layers)}
+    return Signal(_logits(inner, output) if logits else None, found, masks)
+
+
+def batch_masks(model: nn.Module, batch: Batch) -> dict[StackName, Tensor]:
+    """Return the mask `(batch, seq)` of each stack of `model`: 1 on real tokens, 0 on padding."""
+    ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+    mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.long)
+    if "encoder" not in find_stacks(model):
+        return {"": mask}
+    labels = batch.get("labels")
+    if "decoder_attention_mask" in batch:
+        decoder = batch["decoder_attention_mask"]
+    elif "decoder_input_ids" in batch and (labels is None or labels.shape != batch["decoder_input_ids"].shape):
+        decoder = torch.ones_like(batch["decoder_input_ids"])
+    elif labels is not None and _decodes_labels(unwrap(model)):
+        decoder = (labels != IGNORED).long()
+    else:
+        decoder = mask
+    return {"encoder": mask, "decoder": decoder}
+
+
+def restore_padding(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return hidden states as `(batch, seq, hidden)`, with zeros on padding, where a model dropped the padding.
+
+    Kernels without padding give `(tokens, hidden)` for the tokens of all texts one after another; others pass through.
+    Raises UserError for any other shape.
+    """
+    if hidden.dim() == 3 and hidden.shape[:2] == mask.shape:
+        return hidden
+    places = mask.flatten().nonzero().squeeze(1)
+    if hidden.dim() == 2 and len(hidden) == len(places):
+        padded = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, places, hidden)
+        return padded.view(*mask.shape, hidden.shape[1])
+    raise UserError(
+        f"captured hidden states have the shape {tuple(hidden.shape)}, which does not fit a batch of "
+        f"{tuple(mask.shape)} tokens: this architecture lays its hidden states out in a way that is not supported."
+    )
+
+
+def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Return the batch without labels; a decoder that is trained on labels gets its input ids made of them."""
+    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    if "labels" in batch and _decodes_labels(model) and "decoder_input_ids" not in inputs:
+        shift: Any = model.prepare_decoder_input_ids_from_labels
+        inputs["decoder_input_ids"] = shift(labels=batch["labels"])
+    return inputs
+
+
+def _decodes_labels(model: PreTrainedModel) -> bool:
+    return model.config.is_encoder_decoder and hasattr(model, "prepare_decoder_input_ids_from_labels")
+
+
+def _accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the inputs that the model's forward names, with caches for generation turned off."""
+    names = inspect.signature(type(model).forward).parameters
+    accepted: dict[str, Any] = {name: value for name, value in inputs.items() if name in names}
+    if "use_cache" in names:
+        accepted["use_cache"] = False
+    return accepted
+
+
+def _all(hidden: Captured, layers: tuple[LayerRef, ...]) -> list[tuple[LayerRef, Tensor]]:
+    """Return every layer asked for, so that one that was not run is an error here rather than a gap."""
+    return [(layer, hidden[layer]) for layer in layers]
+
+
+def _logits(model: PreTrainedModel, output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise UserError(
+            f"{type(model).__name__} gives no logits: load it with a head for the task, not as a base model."
+        )
+    return logits

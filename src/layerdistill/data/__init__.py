@@ -1,0 +1,28 @@
+"""From a recipe's `data` section to batches: tasks, sources, labels, tokenising, packing, collating."""
+
+from layerdistill.data.collate import Collator
+from layerdistill.data.config import DataConfig
+from layerdistill.data.fingerprint import fingerprint_dataset
+from layerdistill.data.labels import LabelSpace, label_space
+from layerdistill.data.load import load_splits
+from layerdistill.data.tasks import TASKS, Task, get_task
+from layerdistill.data.tokenise import tokenise
+from layerdistill.data.tokenizer import open_tokenizer, padding_id
+from layerdistill.data.vocabulary import VocabularyCheck, compare_vocabularies
+
+__all__ = [
+    "TASKS",
+    "Collator",
+    "DataConfig",
+    "LabelSpace",
+    "Task",
+    "VocabularyCheck",
+    "compare_vocabularies",
+    "fingerprint_dataset",
+    "get_task",
+    "label_space",
+    "load_splits",
+    "open_tokenizer",
+    "padding_id",
+    "tokenise",
+]

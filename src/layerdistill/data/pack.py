@@ -1,0 +1,106 @@
+"""Running text for language models: one stream of tokens, cut into blocks to train on and windows to score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from layerdistill.core.errors import UserError
+
+Tokens = NDArray[np.int32]
+IGNORED = -100
+"""The label of a position that is not scored, as everywhere in `transformers`."""
+
+PIECE = 10_000
+"""Characters after which a longer text is cut at the next line end; long texts cost tokenizers much time and memory."""
+BATCH_CHARACTERS = 1_000_000
+"""Characters given to the tokenizer at once."""
+
+
+def encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: bool) -> list[Tokens]:
+    """Return the token ids of each text, `(tokens,)`.
+
+    A document begins with the begin-of-text token where the tokenizer itself puts one (Llama does, GPT-2 does not), and
+    with `end` it ends with the end-of-text token. An empty text gives no tokens at all. No token crosses the pieces
+    that texts above `PIECE` characters are cut into. Raises UserError when the tokenizer has no end-of-text token.
+    """
+    if end and tokenizer.eos_token_id is None:
+        raise UserError(
+            "data.separator is 'eos', but the tokenizer has no end-of-text token (eos_token). Use a tokenizer of a "
+            "causal language model, or set data.separator: none."
+        )
+    parts: list[list[Tokens]] = [[] for _ in texts]
+    for batch in _batches(texts):
+        encoded = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)
+        for (number, _), ids in zip(batch, encoded["input_ids"], strict=True):
+            parts[number].append(np.array(ids, dtype=np.int32))
+    head = np.array(_begin(tokenizer), dtype=np.int32)
+    tail = np.array([tokenizer.eos_token_id] if end else [], dtype=np.int32)
+    return [np.concatenate([head, *part, tail]) if part else head[:0] for part in parts]
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    whole = tokenizer("a")["input_ids"]
+    return whole[:1] if whole and whole[0] == tokenizer.bos_token_id else []
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield (number of the text, piece of it) in batches of at least `BATCH_CHARACTERS`; the last may be smaller."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        for piece in _pieces(text):
+            batch.append((number, piece))
+            size += len(piece)
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def encode_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: str) -> Tokens:
+    """Return all texts as one stream of token ids, `(tokens,)`.
+
+    `eos`: each text is a document that ends with the end-of-text token. `none`: the texts are joined as they are and
+    tokenised as one.
+    """
+    if separator == "none":
+        return encode_documents(["".join(texts)], tokenizer, end=False)[0]
+    return np.concatenate(encode_documents(texts, tokenizer, end=True))
+
+
+def blocks(stream: Tokens, length: int) -> list[Tokens]:
+    """Cut a stream into consecutive blocks of `length` tokens; what is left over at the end is dropped."""
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+
+
+def windows(stream: Tokens, length: int, stride: int | None = None) -> list[tuple[Tokens, Tokens]]:
+    """Return (input ids, labels) of windows of at most `length` tokens that start every `stride` tokens.
+
+    Tokens that an earlier window has scored are context: their label is -100. With `stride < length` every token of the
+    stream but the first is scored once; without overlap (`stride` None or `length`) the first token of each window has
+    nothing before it and the model's shift leaves it out. The last window may be shorter; one of a single token is
+    left out. The procedure is that of https://huggingface.co/docs/transformers/perplexity.
+    """
+    found, scored = [], 0
+    for start in range(0, len(stream), stride or length):
+        ids = stream[start : start + length]
+        if len(ids) < 2 or scored == len(stream):
+            break
+        labels = ids.copy()
+        labels[: scored - start] = IGNORED
+        scored = start + len(ids)
+        found.append((ids, labels))
+    return found

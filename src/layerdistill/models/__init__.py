@@ -1,0 +1,35 @@
+"""Models: load them, find their blocks, embeddings, final norm and head, and make students of them."""
+
+from layerdistill.models.config import StudentConfig, TeacherConfig
+from layerdistill.models.count import count_parameters
+from layerdistill.models.fields import depths_from_config, widths_from_config
+from layerdistill.models.load import LoadedModel, load_config, load_model, load_tokenizer
+from layerdistill.models.locate import resolve_model_source
+from layerdistill.models.shrink import block_sources, shrink_config
+from layerdistill.models.structure import Stack, depths, find_embeddings, find_head, find_stacks, unwrap, widths
+from layerdistill.models.student import make_student
+from layerdistill.models.tasks import empty_model
+
+__all__ = [
+    "LoadedModel",
+    "Stack",
+    "StudentConfig",
+    "TeacherConfig",
+    "block_sources",
+    "count_parameters",
+    "depths",
+    "depths_from_config",
+    "empty_model",
+    "find_embeddings",
+    "find_head",
+    "find_stacks",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "make_student",
+    "resolve_model_source",
+    "shrink_config",
+    "unwrap",
+    "widths",
+    "widths_from_config",
+]

@@ -1,0 +1,77 @@
+"""The recipe's `teacher` and `student` sections."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import PositiveInt, model_validator
+
+from layerdistill.core.config import SectionConfig
+from layerdistill.core.errors import one_of
+from layerdistill.models.shrink import COPY_MAPS
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class TeacherConfig(SectionConfig):
+    """The model that is learned from."""
+
+    model: str
+    """A hub id, a folder, or `package:NAME/folder` inside an installed Python package; safetensors only."""
+    finetune: dict[str, Any] | None = None
+    """`TrainingArguments` fields with which to fit the teacher to the task first; kept and reused. Null: as it is."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may be run."""
+    dtype: Dtype = "float32"
+    """Type of the teacher's weights; `auto` takes the checkpoint's."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attn_implementation: str | None = None
+    """`eager`, `sdpa`, `flash_attention_2`, ...; null lets transformers choose."""
+
+
+class StudentConfig(SectionConfig):
+    """The model that learns: either another pretrained `model`, or a shape to be made out of the teacher."""
+
+    model: str | None = None
+    """A hub id, a folder, or `package:NAME/folder`, to start from; leave the shape out then."""
+    num_blocks: PositiveInt | dict[Literal["encoder", "decoder"], PositiveInt] | None = None
+    """Number of blocks, or `{encoder: n, decoder: m}`; null keeps the teacher's."""
+    hidden_size: PositiveInt | None = None
+    """Width, a whole number of the teacher's heads; null keeps the teacher's. Narrower needs `truncate` or `random`."""
+    intermediate_size: PositiveInt | None = None
+    """Feed-forward width; null keeps the teacher's proportion to the hidden size."""
+    num_attention_heads: PositiveInt | None = None
+    """Number of heads; null keeps the teacher's head size."""
+    init: Literal["copy", "truncate", "random"] = "copy"
+    """`copy` whole teacher blocks, `truncate` every matrix to its first rows and columns, or `random`."""
+    copy_map: str | list[int] = "forward"
+    """Which teacher block each student block is made of: forward, reverse, first, last, skip, random, or a list of
+    teacher blocks counted from 0."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with `model` may be run."""
+    dtype: Dtype = "float32"
+    """Type of the student's weights; `auto` takes the checkpoint's (or the teacher's, for a student made of it)."""
+    revision: str | None = None
+    """Branch, tag or commit of `model` on the hub."""
+    attn_implementation: str | None = None
+    """`eager`, `sdpa`, `flash_attention_2`, ...; null lets transformers choose."""
+
+    @model_validator(mode="after")
+    def _either_model_or_shape(self) -> StudentConfig:
+        shape = {"num_blocks", "hidden_size", "intermediate_size", "num_attention_heads", "init", "copy_map"}
+        given = sorted(key for key in shape & self.model_fields_set if getattr(self, key) is not None)
+        if self.model is not None and given:
+            raise ValueError(
+                f"student has a model ({self.model!r}) and a shape ({', '.join(given)}): give one of them. A shape is "
+                "made out of the teacher, a model is taken as it is"
+            )
+        if self.model is None and not given:
+            raise ValueError(
+                "student is empty: give a shape to make out of the teacher (num_blocks, hidden_size, ...) or a model"
+            )
+        if isinstance(self.copy_map, str) and self.copy_map not in COPY_MAPS:
+            raise ValueError(
+                one_of("copy_map", self.copy_map, COPY_MAPS).rstrip(".") + ", or a list of teacher blocks, from 0"
+            )
+        return self

@@ -1,0 +1,199 @@
+"""Find the blocks, the final norm, the embeddings and the head of a model of any architecture, by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import StackName
+from layerdistill.models.fields import depths_from_config, stack_fields, widths_from_config
+from layerdistill.models.overrides import NOT_THE_FINAL_NORM
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks.
+
+    `block_path` is the dotted path of the `ModuleList` in the unwrapped model and `block_names[k]` that of block k + 1.
+    `final_norm` is the norm applied to the output of the last block, at `final_norm_path`, or None. `width` is the
+    hidden size, `depth` the number of blocks.
+    """
+
+    name: StackName
+    blocks: tuple[nn.Module, ...]
+    block_path: str
+    block_names: tuple[str, ...]
+    final_norm: nn.Module | None
+    final_norm_path: str | None
+    width: int
+    depth: int
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """Return the Hugging Face model inside DataParallel, DistributedDataParallel, `torch.compile` or PEFT wrappers.
+
+    Raises UserError when there is none.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        peft_base = getattr(inner, "get_base_model", None)
+        below = [peft_base() if callable(peft_base) else None]  # type: ignore[operator]
+        below += [getattr(inner, name, None) for name in ("module", "_orig_mod")]
+        wrapped = next((module for module in below if isinstance(module, nn.Module)), None)
+        if wrapped is None:
+            raise UserError(
+                f"{type(model).__name__} is not a Hugging Face model and wraps none: pass a PreTrainedModel of "
+                "transformers, bare or inside DistributedDataParallel, torch.compile or a PEFT model."
+            )
+        inner = wrapped
+    return inner
+
+
+def find_stacks(model: nn.Module, blocks: str | Mapping[str, str] | None = None) -> dict[StackName, Stack]:
+    """Return the stacks of `model`: one named `""`, or `encoder` and `decoder`.
+
+    A stack is the outermost `ModuleList` of blocks of one class whose length is the layer count of the configuration.
+    `blocks` overrules the search with the dotted path of the list, or `{"encoder": path, "decoder": path}`.
+    Raises UserError, naming the class, when no such list or more than one is found.
+    """
+    model = unwrap(model)
+    paths = {name: path for path, name in _given(model, blocks)} if blocks else _search(model)
+    width_of = widths_from_config(model.config)
+    stacks: dict[StackName, Stack] = {}
+    for name, path in paths.items():
+        modules = tuple(model.get_submodule(path).children())
+        width = width_of.get(name) or next(iter(width_of.values()))
+        norm_path = _final_norm_path(model, path, name, width)
+        stacks[name] = Stack(
+            name=name,
+            blocks=modules,
+            block_path=path,
+            block_names=tuple(f"{path}.{number}" for number in range(len(modules))),
+            final_norm=None if norm_path is None else model.get_submodule(norm_path),
+            final_norm_path=norm_path,
+            width=width,
+            depth=len(modules),
+        )
+    return stacks
+
+
+def depths(model: nn.Module) -> dict[StackName, int]:
+    """Return the number of blocks of each stack of a loaded model."""
+    return {name: stack.depth for name, stack in find_stacks(model).items()}
+
+
+def widths(model: nn.Module) -> dict[StackName, int]:
+    """Return the hidden size of each stack of a loaded model."""
+    return {name: stack.width for name, stack in find_stacks(model).items()}
+
+
+def find_embeddings(model: nn.Module) -> nn.Module:
+    """Return the token embedding, the module that maps `(batch, seq)` ids to vectors."""
+    model = unwrap(model)
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise UserError(f"{type(model).__name__} has no token embedding that transformers can name.") from error
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """Return what makes logits of hidden states: the output embeddings of a language model, or the classifier.
+
+    A classifier of several modules in a row (a pooler, then a matrix) is answered with the last; None in a base model.
+    """
+    model = unwrap(model)
+    output_embeddings = model.get_output_embeddings()
+    if output_embeddings is not None:
+        return output_embeddings
+    outside = [
+        child for child in model.children() if child is not model.base_model and any(True for _ in child.parameters())
+    ]
+    return outside[-1] if outside and model.base_model is not model else None
+
+
+def _given(model: PreTrainedModel, blocks: str | Mapping[str, str]) -> list[tuple[str, StackName]]:
+    named: Mapping[str, str] = {"": blocks} if isinstance(blocks, str) else blocks
+    modules = dict(model.named_modules())
+    found: list[tuple[str, StackName]] = []
+    for name, path in named.items():
+        if name not in ("", "encoder", "decoder") or not isinstance(modules.get(path), nn.ModuleList):
+            lists = [known for known, module in modules.items() if isinstance(module, nn.ModuleList)]
+            raise UserError(
+                f"blocks={blocks!r} does not name a ModuleList of {type(model).__name__}. Its lists are: "
+                f"{', '.join(lists) or 'none'}. Stacks are named '', 'encoder' or 'decoder'."
+            )
+        found.append((path, name))  # type: ignore[arg-type]
+    return found
+
+
+def _search(model: PreTrainedModel) -> dict[StackName, str]:
+    """Return the path of the block list of each stack."""
+    fields = stack_fields(model.config)
+    depth = depths_from_config(model.config)
+    if "encoder" not in depth:
+        # The towers of a multi-modal model may be as deep as its language model.
+        root = model.get_decoder() if fields[""].path else model
+        return {"": _block_list(model, root, depth[""])}
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if decoder is model or decoder is encoder or any(module is encoder for module in decoder.modules()):
+        # An encoder taken out of an encoder-decoder (T5EncoderModel) has one stack.
+        return {"": _block_list(model, encoder, depth["encoder"])}
+    return {
+        "encoder": _block_list(model, encoder, depth["encoder"]),
+        "decoder": _block_list(model, decoder, depth["decoder"]),
+    }
+
+
+def _block_list(model: PreTrainedModel, root: nn.Module, depth: int) -> str:
+    """Return the path in `model` of the list of `depth` blocks below `root`."""
+    prefix = next(path for path, module in model.named_modules() if module is root)
+    lists = {
+        f"{prefix}.{path}" if prefix else path: module
+        for path, module in root.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _look_like_blocks(module)
+    }
+    one_class = {path for path, module in lists.items() if len({type(block) for block in module}) == 1}
+    # Hybrid architectures alternate blocks of several classes; they are taken only where no list is uniform.
+    candidates = one_class or set(lists)
+    outermost = [path for path in candidates if not any(path.startswith(other + ".") for other in candidates)]
+    if len(outermost) == 1:
+        return outermost[0]
+    found = f"{len(outermost)} of them ({', '.join(sorted(outermost))})" if outermost else "none"
+    raise UserError(
+        f"The blocks of {type(model).__name__} cannot be told from its structure: looked for one ModuleList of {depth} "
+        f"blocks of one class (the layer count of its configuration) and found {found}. Pass the dotted path of the "
+        "list with blocks='path.to.list' (two stacks: blocks={'encoder': ..., 'decoder': ...})."
+    )
+
+
+def _look_like_blocks(modules: nn.ModuleList) -> bool:
+    """Return whether every module holds at least two matrices, as a block does and a norm or a projection does not."""
+    return all(sum(p.dim() >= 2 for p in block.parameters()) >= 2 for block in modules)
+
+
+def _final_norm_path(model: PreTrainedModel, block_path: str, stack: StackName, width: int) -> str | None:
+    """Return the path of the norm that stands beside the block list, or beside the module that holds the list.
+
+    Where several do (BLOOM, mBART: one is for the embeddings), the one registered last is meant.
+    """
+    base = next(path for path, module in model.named_modules() if module is model.base_model)
+    parent = block_path.rpartition(".")[0]
+    while True:
+        owner = model.get_submodule(parent)
+        norms = [
+            name
+            for name, child in owner.named_children()
+            if "norm" in type(child).__name__.lower()
+            and all(p.shape == (width,) for p in child.parameters())
+            and not type(owner).__name__.startswith(NOT_THE_FINAL_NORM.get(name, ("-",)))
+        ]
+        if norms:
+            return f"{parent}.{norms[-1]}" if parent else norms[-1]
+        # One stack's norm may stand in the base model; two stacks share that, so theirs can only be their own.
+        if parent == base or not parent or stack:
+            return None
+        parent = parent.rpartition(".")[0]

@@ -1,0 +1,113 @@
+"""Run a recipe, kill it somewhere, give the same command again, compare the student with an uninterrupted run's.
+
+A program of its own, because it forks: the parent imports everything once and never trains, so that each run costs a
+second, not ten. Prints one JSON line per trial. Usage: kill_and_resume.py FOLDER TRIALS METHOD
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from toy_recipe import toy_recipe
+
+from layerdistill.runner import run
+
+DEADLINE = 120
+
+
+def start(recipe: dict) -> int:
+    """Fork a run and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        run(recipe, console=Console(quiet=True))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def finish(child: int) -> int:
+    """Wait for a run and return its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_after(child: int, seconds: float) -> str:
+    """Kill at a moment."""
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    finish(child)
+    return f"after {seconds:.2f} s"
+
+
+def kill_in_a_save(child: int, folder: Path, number: int, patience: float) -> str:
+    """Kill while the `number`-th unfinished folder is being written; where none is caught, kill anyway."""
+    seen: set[str] = set()
+    ends = time.monotonic() + patience
+    while time.monotonic() < ends:
+        found = {str(path) for path in folder.rglob(".partial-*") if path.is_dir()}
+        seen |= found
+        if len(seen) >= number and found:
+            os.kill(child, signal.SIGKILL)
+            finish(child)
+            left = [path.name for path in folder.rglob(".partial-*")]
+            return f"in a save, leaving {left}"
+        time.sleep(0.0005)
+    return kill_after(child, 0.0)
+
+
+def student_hash(folder: Path) -> str:
+    """The bytes of the finished student."""
+    return hashlib.sha256((folder / "student" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def main(folder: Path, trials: int, method: str) -> None:
+    """Run the trials."""
+    generator = random.Random(20)
+    recipe = toy_recipe(folder, method)
+    recipe["training"]["save_steps"] = 2
+    recipe["training"]["max_steps"] = 24
+    began = time.monotonic()
+    assert finish(start({**recipe, "output": str(folder / "whole")})) == 0
+    whole_time = time.monotonic() - began
+    expected = student_hash(folder / "whole")
+    for trial in range(trials):
+        output = folder / f"trial-{trial}"
+        child = start({**recipe, "output": str(output)})
+        if trial % 3 == 2:
+            how = kill_in_a_save(child, output, generator.randint(1, 8), 3 * whole_time)
+        else:
+            how = kill_after(child, generator.uniform(0.1, 0.95) * whole_time)
+        found = sorted(path.name for path in output.glob("checkpoints/*/checkpoint-*"))
+        finished_before = (output / "evaluation.json").exists()
+        status = finish(start({**recipe, "output": str(output)}))
+        same = status == 0 and student_hash(output) == expected
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if "loss" in line]
+        left = [str(path) for path in output.rglob(".partial-*")]
+        print(
+            json.dumps(
+                {
+                    "trial": trial, "killed": how, "checkpoints": found, "finished_before": finished_before,
+                    "status": status, "same": same, "steps_once": len(steps) == len(set(steps)), "left": left,
+                }
+            ),
+            flush=True,
+        )  # fmt: skip
+        shutil.rmtree(output)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,111 @@
+"""The same command again goes on with a run: after Ctrl-C, after a kill, also in the middle of a save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from toy_recipe import toy_recipe
+
+from layerdistill.core.errors import UserError
+from layerdistill.runner import run
+
+HERE = Path(__file__).parent
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def kill_trials(folder: Path, trials: int, method: str) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(trials), method],
+        capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def assert_all_same(trials: list[dict]) -> None:
+    for trial in trials:
+        assert trial["status"] == 0, trial
+        assert trial["same"], trial
+        assert trial["steps_once"], trial
+        assert trial["left"] == [], trial
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
+    trials = kill_trials(tmp_path, 3, "cka")
+    assert len(trials) == 3
+    assert_all_same(trials)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", ["none", "ild"])
+def test_twenty_random_kills(tmp_path: Path, method: str) -> None:
+    trials = kill_trials(tmp_path, 20, method)
+    assert len(trials) == 20
+    assert_all_same(trials)
+    assert sum("in a save" in trial["killed"] for trial in trials) >= 4, "kills inside saves must have happened"
+    assert sum(bool(trial["checkpoints"]) and not trial["finished_before"] for trial in trials) >= 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_its_state_says_how_to_go_on_and_does(tmp_path: Path, number: signal.Signals) -> None:
+    recipe = toy_recipe(tmp_path, "ild")
+    recipe["training"] |= {"max_steps": 400, "save_steps": 1000, "logging_steps": 1}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "layerdistill", "train", str(file)]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        time.sleep(0.02)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130, errors[-2000:]
+    assert "Give the same command again to go on" in errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "run" / "checkpoints" / "distill").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert again.returncode == 0, again.stderr[-2000:]
+    whole = run({**recipe, "output": str(tmp_path / "whole")}, console=Console(quiet=True))
+    ours = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
+    theirs = (whole.student / "model.safetensors").read_bytes()
+    assert hashlib.sha256(ours).digest() == hashlib.sha256(theirs).digest()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
+    assert steps == sorted(set(steps)), "every step is logged once"
+
+
+def test_a_finished_run_is_not_run_again_unless_asked(tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, "none")
+    first = run(recipe, console=Console(quiet=True))
+    written = (first.student / "model.safetensors").stat().st_mtime_ns
+    second = run(recipe, console=Console(quiet=True))
+    assert (second.student / "model.safetensors").stat().st_mtime_ns == written
+    assert second.metrics == first.metrics
+    third = run(recipe, again=True, console=Console(quiet=True))
+    assert (third.student / "model.safetensors").stat().st_mtime_ns > written
+    assert third.metrics == first.metrics
+
+
+def test_a_folder_with_another_recipes_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, "none")
+    first = run(recipe, console=Console(quiet=True))
+    before = (first.folder / "evaluation.json").read_text()
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(.*seed: 7 there, 8 now"):
+        run({**recipe, "seed": 8}, console=Console(quiet=True))
+    assert (first.folder / "evaluation.json").read_text() == before

@@ -1,0 +1,254 @@
+"""The trainer: exact under accumulation, padding and processes; the teacher stays as it is; Trainer's own contract."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from toy import ToyCollator, toy_dataset
+
+import layerdistill as ld
+from layerdistill.core.fingerprint import fingerprint_model
+
+EXACT = [
+    ("kd", {}),
+    ("ild", {}),
+    ("ild", {"distance": "cosine"}),
+]
+
+
+def one_step(
+    folder: Path,
+    method: str,
+    options: dict,
+    batch: int,
+    accumulation: int,
+    to: int | None = None,
+    task: str = "sequence-classification",
+) -> dict[str, torch.Tensor]:
+    """The student's change in one plain gradient step over eight examples."""
+    head = "causal-lm" if task == "causal-lm" else "sequence-classification"
+    family = "gpt2" if task == "causal-lm" else "bert"
+    student = tiny_model(family, head, num_layers=2, hidden_size=16, num_heads=2, seed=1)
+    teacher = tiny_model(family, head, num_layers=4, hidden_size=32, num_heads=4, seed=2)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    args = ld.LayerDistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
+        optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = ld.LayerDistillationTrainer(
+        student,
+        teacher,
+        method,
+        args,
+        toy_dataset(task, size=8),
+        method_options=options,
+        data_collator=ToyCollator(task, to),
+    )
+    trainer.train()
+    return {name: tensor - before[name] for name, tensor in student.state_dict().items()}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float = 2e-6) -> None:
+    assert ours.keys() == theirs.keys()
+    moved = max(tensor.abs().max().item() for tensor in ours.values())
+    assert moved > 1e-3, "the step must have moved something, or equality means nothing"
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, theirs[name], atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(("method", "options"), EXACT)
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+def test_accumulation_gives_the_same_gradient(tmp_path: Path, method: str, options: dict, task: str) -> None:
+    whole = one_step(tmp_path / "1", method, options, 8, 1, task=task)
+    for batch, accumulation in [(2, 4), (1, 8)]:
+        assert_same(whole, one_step(tmp_path / str(accumulation), method, options, batch, accumulation, task=task))
+
+
+def test_cka_is_the_exception_under_accumulation(tmp_path: Path) -> None:
+    whole = one_step(tmp_path / "1", "cka", {}, 8, 1)
+    pieces = one_step(tmp_path / "4", "cka", {}, 2, 4)
+    assert any((whole[name] - pieces[name]).abs().max() > 1e-4 for name in whole)
+
+
+@pytest.mark.parametrize("method", ["kd", "ild", "cka"])
+def test_padding_changes_nothing(tmp_path: Path, method: str) -> None:
+    assert_same(
+        one_step(tmp_path / "a", method, {}, 8, 1), one_step(tmp_path / "b", method, {}, 8, 1, to=32), atol=1e-5
+    )
+
+
+def test_the_teacher_keeps_its_weights_and_the_student_moves(tmp_path: Path) -> None:
+    student = tiny_model("bert", "sequence-classification", num_layers=2, seed=1)
+    teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=2)
+    before, start = fingerprint_model(teacher), fingerprint_model(student)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), max_steps=3, save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True
+    )
+    trainer = ld.LayerDistillationTrainer(
+        student,
+        teacher,
+        "ild",
+        args,
+        toy_dataset("sequence-classification"),
+        data_collator=ToyCollator("sequence-classification"),
+    )
+    trainer.train()
+    assert fingerprint_model(teacher) == before
+    assert fingerprint_model(student) != start
+    assert not teacher.training
+    names = {name for line in trainer.state.log_history for name in line}
+    assert {"distill/task", "distill/logits", "distill/hidden/1-2", "distill/hidden/2-4", "grad_norm/hidden"} <= names
+
+
+def test_logged_means_are_those_of_the_terms(tmp_path: Path) -> None:
+    student = tiny_model("bert", "sequence-classification", num_layers=2, seed=1)
+    rows = toy_dataset("sequence-classification", size=8)
+    batch = ToyCollator("sequence-classification")(list(rows))
+    with torch.no_grad():
+        logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    by_hand = -sum(
+        (logit[label] - math.log(sum(math.exp(value) for value in logit.tolist()))).item()
+        for logit, label in zip(logits, batch["labels"], strict=True)
+    ) / len(logits)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), max_steps=1, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    trainer = ld.LayerDistillationTrainer(
+        student, None, "none", args, rows, data_collator=ToyCollator("sequence-classification")
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["distill/task"] == pytest.approx(by_hand, rel=1e-5)
+    assert logged["loss"] == pytest.approx(by_hand, rel=1e-3), "the Trainer rounds its loss"
+
+
+def test_a_broken_term_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    student = tiny_model("bert", "sequence-classification", num_layers=2, seed=1)
+    teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=2)
+    with torch.no_grad():
+        teacher.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, disable_tqdm=True, save_steps=1
+    )
+    trainer = ld.LayerDistillationTrainer(
+        student,
+        teacher,
+        "ild",
+        args,
+        toy_dataset("sequence-classification"),
+        data_collator=ToyCollator("sequence-classification"),
+    )
+    with pytest.raises(ld.UserError, match=r"distill/hidden/1-2 = nan"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*")), "no checkpoint is made of a broken state"
+
+
+def test_gradient_checkpointing_gives_the_same_step(tmp_path: Path) -> None:
+    steps = []
+    for checkpointing in (False, True):
+        student = tiny_model("bert", "sequence-classification", num_layers=2, seed=1)
+        teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=2)
+        args = ld.LayerDistillationConfig(
+            output_dir=str(tmp_path), max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+            max_grad_norm=0.0, save_strategy="no", use_cpu=True, disable_tqdm=True, gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        ld.LayerDistillationTrainer(
+            student, teacher, "cka", args, toy_dataset("sequence-classification", size=8),
+            data_collator=ToyCollator("sequence-classification"),
+        ).train()  # fmt: skip
+        steps.append(student.state_dict())
+    for name, tensor in steps[0].items():
+        torch.testing.assert_close(tensor, steps[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_evaluation_inside_training_reports_the_task_loss(tmp_path: Path) -> None:
+    student = tiny_model("bert", "sequence-classification", num_layers=2, seed=1)
+    teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=2)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, use_cpu=True, disable_tqdm=True
+    )
+    trainer = ld.LayerDistillationTrainer(
+        student, teacher, "kd", args, toy_dataset("sequence-classification"), eval_dataset=toy_dataset("sequence-classification", seed=9),
+        data_collator=ToyCollator("sequence-classification"),
+        compute_metrics=lambda given: {"accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean())},
+    )  # fmt: skip
+    trainer.train()
+    evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(evaluated) == 2
+    assert 0 <= evaluated[-1]["eval_accuracy"] <= 1
+
+
+DISTRIBUTED = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from tiny_models import tiny_model
+from toy import ToyCollator, toy_dataset
+import layerdistill as ld
+
+folder, method, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+task = "sequence-classification"
+student = tiny_model("bert", task, num_layers=2, hidden_size=16, num_heads=2, seed=1)
+teacher = tiny_model("bert", task, num_layers=4, hidden_size=32, num_heads=4, seed=2)
+args = ld.LayerDistillationConfig(
+    output_dir=str(folder), per_device_train_batch_size=batch, max_steps=2, optim="sgd", learning_rate=1.0,
+    lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True)
+trainer = ld.LayerDistillationTrainer(
+    student, teacher, method, args, toy_dataset(task, size=16), data_collator=ToyCollator(task))
+trainer.train()
+if trainer.is_world_process_zero():
+    import json
+    save_file(student.state_dict(), folder / "student.safetensors")
+    (folder / "log.json").write_text(json.dumps(trainer.state.log_history[:2]))
+"""
+
+
+@pytest.mark.parametrize("method", ["kd", "ild", "cka"])
+def test_two_processes_equal_one(tmp_path: Path, method: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(DISTRIBUTED)
+    results = []
+    for processes, batch in [(1, 8), (2, 4)]:
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [*launch, str(script), str(folder), method, str(batch)],
+            capture_output=True, text=True, check=False, timeout=240,
+            env=with_tests_on_path(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append((load_file(folder / "student.safetensors"), json.loads((folder / "log.json").read_text())))
+    (one, one_log), (two, two_log) = results
+    for name, tensor in one.items():
+        torch.testing.assert_close(
+            tensor, two[name], atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for first, second in zip(one_log, two_log, strict=True):
+        terms = [name for name in first if name.startswith("distill/")]
+        assert terms
+        for name in terms:
+            assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
+
+
+def with_tests_on_path() -> dict[str, str]:
+    """The environment with this test folder importable and one thread per process."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
