@@ -1,4 +1,4 @@
-"""The structure of the source: imports go down the ranks, files and functions stay small, the rest of the house rules."""
+"""The structure of the source: imports go down the ranks, files and functions stay small, and other house rules."""
 
 from __future__ import annotations
 

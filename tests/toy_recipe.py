@@ -11,6 +11,8 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from layerdistill.train.trainer import save_student
+
 WORDS = [f"w{index}" for index in range(55)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -32,7 +34,7 @@ def toy_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
 def write_teacher(folder: Path, family: str = "bert", head: str = "sequence-classification", **options: Any) -> Path:
     """Save a tiny teacher with its tokenizer."""
     model = tiny_model(family, head, **{"num_layers": 4, "hidden_size": 32, "num_heads": 4, "seed": 5, **options})
-    model.save_pretrained(folder)
+    save_student(model, folder)
     toy_tokenizer().save_pretrained(folder)
     return folder
 
@@ -66,7 +68,8 @@ def toy_recipe(folder: Path, method: str = "kd", **changes: Any) -> dict[str, An
         },
         "method": {"name": method},
         "training": {
-            "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 3, "logging_steps": 2,
+            "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 3,
+            "logging_steps": 2,
         },
         "evaluation": {"latency": False},
         "output": str(folder / "run"),

@@ -17,7 +17,7 @@ HOMES = {
     "run": "runner",
     "RunResult": "runner",
     "make_student": "models",
-    "capture": "capture",
+    "capture": "signals",
     "layer_map": "matching",
     "LayerMap": "matching",
     "UserError": "core.errors",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from layerdistill.models import make_student
     from layerdistill.recipe import Recipe, load_recipe
     from layerdistill.runner import RunResult, run
-    from layerdistill.capture import capture
+    from layerdistill.signals import capture
     from layerdistill.train.config import LayerDistillationConfig
 
 

@@ -19,7 +19,7 @@ from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, widths
 from layerdistill.recipe import explain
-from layerdistill.capture import LiveTeacher
+from layerdistill.signals import LiveTeacher
 from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import StageTrainer
@@ -33,7 +33,7 @@ class DistillResult:
     metrics: dict[str, float | None]
 
 
-def task_of(model: nn.Module) -> str:
+def task_of(model: Any) -> str:
     """Return the task that a model's class and config are made for; raises UserError for other heads."""
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm"
@@ -48,7 +48,7 @@ def task_of(model: nn.Module) -> str:
     )
 
 
-def make_pair(teacher: nn.Module | None, student: nn.Module, seed: int = 42) -> Pair:
+def make_pair(teacher: Any, student: Any, seed: int = 42) -> Pair:
     """Return a teacher and a student, as loaded, with what a method must know of them."""
     task = task_of(student)
     rows = [model.config.vocab_size for model in (teacher, student) if model is not None]
@@ -132,13 +132,13 @@ def distill(
     """
     config = method_config(method, method_options)
     with tempfile.TemporaryDirectory(prefix="layerdistill-") as temporary:
-        folder = Path(args.output_dir) if args is not None else Path(temporary)
+        folder = Path(str(args.output_dir)) if args is not None else Path(temporary)
         seed = args.seed if args is not None else 42
         pair = make_pair(teacher, student, seed)
         check_method(config, pair)
         collator = Collator(processing_class, pair.task)
         datasets = {"train": train_dataset} | ({"validation": eval_dataset} if eval_dataset is not None else {})
-        training = args if args is not None else {}
+        training: Any = args if args is not None else {}
         given = StageInput(pair.task, datasets, collator, processing_class, training, seed, folder, Console(quiet=True))
         source = LiveTeacher(teacher)
         for stage in find_method(config.name).stages(pair, config):

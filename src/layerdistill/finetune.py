@@ -17,8 +17,8 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.types import Stage
-from layerdistill.methods.task_term import TaskTerm
 from layerdistill.data import fingerprint_dataset, padding_id
+from layerdistill.methods.task_term import TaskTerm
 from layerdistill.models import LoadedModel, load_model
 from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments
 from layerdistill.train.stage import StageInput, run_stage

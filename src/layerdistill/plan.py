@@ -8,7 +8,6 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedConfig
 
 from layerdistill.core.types import Progress
@@ -126,7 +125,7 @@ def show_terms(prepared: Prepared, console: Console) -> None:
             console.print(f"Projections: {helpers:,} parameters, trained with the student and thrown away.")
 
 
-def describe_term(term: nn.Module) -> str:
+def describe_term(term: Any) -> str:
     """Return a term's name with what it is multiplied by."""
     coefficient = term.coefficient(term.name, Progress())
     per_pair = " per pair" if term.name == "hidden" else ""

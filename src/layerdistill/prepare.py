@@ -106,17 +106,16 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     method = find_method(recipe.method.name)
     problems.found += metric_problems(recipe.evaluation.metrics, recipe.data.task)
     problems.found += section_problems(recipe)
-    splits = (
-        problems.attempt(load_splits, recipe.data, recipe.base, memory)
-        if memory is not None
-        else problems.attempt(load_splits, recipe.data, recipe.base)
-    )
+    splits = problems.attempt(load_splits, recipe.data, recipe.base, memory)
+    if splits and "validation" not in splits and recipe.training.get("eval_strategy", "no") != "no":
+        problems.found.append("training.eval_strategy asks for evaluations, but data.validation is missing. Add it.")
     labels = problems.attempt(label_space, splits, recipe.data) if splits else None
     teacher_source, teacher_config = model_config(recipe.teacher, recipe, problems)
     student_source, student_config = model_config(recipe.student if recipe.student.model else None, recipe, problems)
     if student_config is None and teacher_config is not None and not recipe.student.model:
         student_config = problems.attempt(shrink_config, teacher_config, **shape_of(recipe))
-    tokenizer = problems.attempt(find_tokenizer, recipe, student_source or teacher_source)
+    known = student_config if student_source else teacher_config
+    tokenizer = problems.attempt(find_tokenizer, recipe, student_source or teacher_source) if known else None
     teacher_tokenizer = problems.attempt(open_tokenizer, teacher_source) if student_source and teacher_source else None
     problems.stop()
     assert splits is not None and labels is not None and student_config is not None and tokenizer is not None
@@ -157,18 +156,15 @@ def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collato
 def section_problems(recipe: Recipe) -> list[str]:
     """Return what is wrong between sections whatever the models and the data hold."""
     problems = []
-    if recipe.teacher is None and recipe.method.name != "none":
+    cut_out = not recipe.student.model
+    if recipe.teacher is None and recipe.method.name != "none" and not cut_out:
         problems.append(
             f"teacher is missing: the method {recipe.method.name!r} learns from one. Add teacher: {{model: ...}}."
         )
-    if recipe.teacher is None and not recipe.student.model:
+    if recipe.teacher is None and cut_out:
         problems.append("teacher is missing: the student is to be cut out of it. Add it, or give student.model.")
     if recipe.teacher is not None and recipe.teacher.finetune is not None:
         problems += training_problems(finetune_arguments(recipe), place="teacher.finetune")
-    evaluates = recipe.training.get("eval_strategy", "no") != "no"
-    has_validation = recipe.data.validation is not None or not isinstance(recipe.data.train, str)
-    if evaluates and not has_validation and recipe.data.train not in ("installed-docs", "in-memory"):
-        problems.append("training.eval_strategy asks for evaluations, but data.validation is missing. Add it.")
     return problems
 
 
@@ -240,7 +236,7 @@ def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: Labe
     if recipe.data.task in FALLBACK_TASKS or teacher.num_labels == labels.num_labels:
         return []
     return [
-        f"The teacher {recipe.teacher.model} has {teacher.num_labels} labels, the data has {labels.num_labels} "
+        f"The head of the teacher {recipe.teacher.model} has {teacher.num_labels} labels, the data has {labels.num_labels} "
         f"({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it fine-tuned first: "
         "teacher.finetune: {num_train_epochs: 3}."
     ]

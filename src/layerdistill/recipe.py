@@ -139,7 +139,16 @@ def apply_override(given: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError, within: tuple[str, ...] = ()) -> list[str]:
     """Return one sentence per problem of a recipe (or of the section `within` it), in this project's own words."""
-    return [explain_one(item, (*within, *item["loc"])) for item in error.errors()]
+    sentences: dict[str, str] = {}
+    for item in error.errors():
+        location = tuple(part for part in (*within, *item["loc"]) if not is_type_name(part))
+        sentences.setdefault(".".join(map(str, location)), explain_one(item, location))
+    return list(sentences.values())
+
+
+def is_type_name(part: int | str) -> bool:
+    """Whether pydantic put this part into a location to say which branch of a union it tried."""
+    return isinstance(part, str) and ("[" in part or part in ("int", "str", "float", "bool"))
 
 
 def explain_one(item: Any, location: tuple[int | str, ...]) -> str:

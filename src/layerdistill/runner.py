@@ -34,7 +34,7 @@ from layerdistill.finetune import load_teacher, open_model
 from layerdistill.models import make_student, resolve_model_source
 from layerdistill.prepare import Prepared, prepare, shape_of
 from layerdistill.recipe import Recipe, dump_recipe, load_recipe
-from layerdistill.capture import LiveTeacher
+from layerdistill.signals import LiveTeacher
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -162,6 +162,7 @@ def load_student_model(prepared: Prepared, teacher: nn.Module | None) -> nn.Modu
     if prepared.student_source is not None:
         return open_model(prepared, prepared.student_source, section, section.dtype).model
     shape = shape_of(prepared.recipe)
+    assert teacher is not None, "prepare() has seen to it"
     return make_student(teacher, **shape)
 
 

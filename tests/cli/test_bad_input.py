@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from toy_recipe import WORDS, toy_recipe, toy_tokenizer, write_teacher
 
 from layerdistill import cli
+from layerdistill.recipe import dump_recipe, load_recipe
 
 Spoil = Callable[[dict[str, Any], Path], "dict[str, Any] | None"]
 
@@ -86,7 +87,7 @@ def other_student(recipe: dict[str, Any], folder: Path) -> None:
 
 def other_recipe_there(recipe: dict[str, Any], folder: Path) -> None:
     (folder / "run").mkdir()
-    (folder / "run" / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seed": 99}))
+    (folder / "run" / "recipe.yaml").write_text(dump_recipe(load_recipe({**recipe, "seed": 99})))
 
 
 def output_is_a_file(recipe: dict[str, Any], folder: Path) -> None:
@@ -158,8 +159,11 @@ CASES: dict[str, tuple[Spoil, list[str]]] = {
     "broken-config": (spoil_teacher(lambda f: (f / "config.json").write_text("{") and None), ["config.json"]),
     "no-config": (spoil_teacher(lambda f: (f / "config.json").unlink()), ["config.json"]),
     "no-tokenizer": (spoil_teacher(lambda f: (f / "tokenizer.json").unlink()), ["tokenizer"]),
-    "label-count-mismatch": (spoil_teacher(lambda f: write_teacher(f, num_labels=5) and None), ["5", "3"]),
-    "teacher-without-head": (spoil_teacher(lambda f: write_teacher(f, head="base") and None), ["head", "finetune"]),
+    "label-count-mismatch": (spoil_teacher(lambda f: write_teacher(f, num_labels=5) and None), ["5", "3", "finetune"]),
+    "teacher-without-head": (
+        spoil_teacher(lambda f: write_teacher(f, head="base", num_labels=3) and None),
+        ["head", "finetune"],
+    ),
     "different-tokenizers": (other_student, ["w0", "vocabulary"]),
     "nan-in-the-teacher": (spoil_teacher(nan_teacher), ["nan"]),
     # The output.
@@ -203,7 +207,8 @@ def test_wrong_recipe(
     status, _, errors = call(["train", str(path)], monkeypatch, capsys)
     assert status == 2, errors
     assert "Traceback" not in errors
-    assert errors.count("error: ") == 1, f"one mistake, one message: {errors}"
+    files = 2 if name == "missing-column" else 1
+    assert errors.count("error: ") == files, f"one mistake, one message (per file): {errors}"
     for fragment in expected:
         assert fragment in errors, errors
     after = contents(tmp_path)
@@ -217,7 +222,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "set-without-value": (["train", "{good}", "--set", "training.max_steps"], ["training.max_steps", "key=value"]),
     "set-below-a-value": (["train", "{good}", "--set", "seed.x=1"], ["seed"]),
     "unknown-command": (["trian"], ["trian"]),
-    "missing-argument": (["train"], ["RECIPE"]),
+    "missing-argument": (["train"], ["recipe"]),
     "unknown-option": (["train", "{good}", "--agian"], ["--agian"]),
     "evaluate-nothing": (["evaluate", "./no/model", "{good}"], ["no/model"]),
     "plan-of-a-wrong-recipe": (["plan", "{good}", "--set", "student.num_blocks=9"], ["9", "4"]),

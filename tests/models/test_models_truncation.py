@@ -41,7 +41,7 @@ INPUTS = (
 
 OUTPUTS = (
     "attention.output.dense", "attn.Wo", "attn.c_proj", "self_attn.out_proj", "attention.dense", "self_attn.o_proj",
-    "self_attn.dense", "SelfAttention.o", "self_attention.dense", "attn.out_proj",
+    "self_attn.dense", "SelfAttention.o", "self_attention.dense",
 )  # fmt: skip
 """How the names end of what reads the heads' outputs, side by side."""
 

@@ -41,8 +41,9 @@ def one_step(
     teacher = tiny_model(family, head, num_layers=4, hidden_size=32, num_heads=4, seed=2)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     args = ld.LayerDistillationConfig(
-        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
-        optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True,
+        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
+        save_strategy="no", use_cpu=True,
         disable_tqdm=True,
     )  # fmt: skip
     trainer = ld.LayerDistillationTrainer(
@@ -163,7 +164,8 @@ def test_gradient_checkpointing_gives_the_same_step(tmp_path: Path) -> None:
         teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=2)
         args = ld.LayerDistillationConfig(
             output_dir=str(tmp_path), max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
-            max_grad_norm=0.0, save_strategy="no", use_cpu=True, disable_tqdm=True, gradient_checkpointing=checkpointing,
+            max_grad_norm=0.0, save_strategy="no", use_cpu=True, disable_tqdm=True,
+            gradient_checkpointing=checkpointing,
         )  # fmt: skip
         ld.LayerDistillationTrainer(
             student, teacher, "cka", args, toy_dataset("sequence-classification", size=8),
@@ -181,7 +183,8 @@ def test_evaluation_inside_training_reports_the_task_loss(tmp_path: Path) -> Non
         output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, use_cpu=True, disable_tqdm=True
     )
     trainer = ld.LayerDistillationTrainer(
-        student, teacher, "kd", args, toy_dataset("sequence-classification"), eval_dataset=toy_dataset("sequence-classification", seed=9),
+        student, teacher, "kd", args, toy_dataset("sequence-classification"),
+        eval_dataset=toy_dataset("sequence-classification", seed=9),
         data_collator=ToyCollator("sequence-classification"),
         compute_metrics=lambda given: {"accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean())},
     )  # fmt: skip
@@ -205,7 +208,8 @@ student = tiny_model("bert", task, num_layers=2, hidden_size=16, num_heads=2, se
 teacher = tiny_model("bert", task, num_layers=4, hidden_size=32, num_heads=4, seed=2)
 args = ld.LayerDistillationConfig(
     output_dir=str(folder), per_device_train_batch_size=batch, max_steps=2, optim="sgd", learning_rate=1.0,
-    lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True)
+    lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True, logging_steps=1,
+    disable_tqdm=True)
 trainer = ld.LayerDistillationTrainer(
     student, teacher, method, args, toy_dataset(task, size=16), data_collator=ToyCollator(task))
 trainer.train()

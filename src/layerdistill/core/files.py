@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from layerdistill.core.errors import UserError
 
 PARTIAL_PREFIX = ".partial-"
@@ -94,11 +96,17 @@ def sweep_partials(folder: Path) -> None:
 
 @contextmanager
 def explained_disk_errors(what: str, where: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written, inside the block, into a UserError that says which."""
+    """Turn a full disk or a folder that cannot be written, inside the block, into a UserError that says which.
+
+    torch and safetensors report a failed write by errors of their own.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{what} cannot be written to {where}: {error.strerror or error}. What was there before is untouched. "
+            f"{what} cannot be written to {where}: {reason}. What was there before is untouched. "
             "Free space or choose another folder with --set output=FOLDER, then give the same command again."
         ) from error

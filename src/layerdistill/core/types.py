@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
 
 Batch = Mapping[str, Tensor]
@@ -165,7 +166,7 @@ class Method(Protocol):
 
     name: str
     summary: str
-    Config: type
+    Config: type[SectionConfig]
 
     def stages(self, pair: Pair, config: Any) -> Iterator[Stage]:
         """Yield the training phases in order; code after a `yield` runs when that phase has finished."""

@@ -10,10 +10,10 @@ from torch import nn
 
 from layerdistill.core.types import Pair, Stage
 from layerdistill.matching import Projections, cosine_loss, masked_mse, normalised_mse
-from layerdistill.methods.hidden_term import HiddenTerm
+from layerdistill.methods.hidden_term import Distance, HiddenTerm
 from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
 
-DISTANCES = {
+DISTANCES: dict[str, Distance] = {
     "mse": masked_mse,
     "relative_mse": partial(masked_mse, divide_by_teacher=True),
     "cosine": cosine_loss,

@@ -60,7 +60,7 @@ def build_maps(config: LayerMapConfig, pair: Pair) -> list[LayerMap]:
     bare = [list(names) for names in explicit_pairs(config) if "" not in pair.student_depth and not stack_of(names[0])]
     if bare:
         raise UserError(
-            f"The pairs {bare} do not say which stack they mean. In an encoder-decoder model write encoder.3 or decoder.3."
+            f"The pairs {bare} do not name their stack. In an encoder-decoder model write encoder.3, decoder.3."
         )
     return [
         layer_map(

@@ -171,7 +171,7 @@ def _explained(what: str, source: str) -> Iterator[None]:
             f"the weights of {source} are damaged ({error}): delete that copy and load it again."
         ) from error
     except _LOADING_ERRORS as error:
-        reason = str(error).strip().split("\nModel type should be")[0]
+        reason = " ".join(str(error).split("Model type should be")[0].split())
         hint = (
             "Check the folder."
             if is_local(source)

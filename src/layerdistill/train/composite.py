@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Term
-from layerdistill.capture import student_signal
+from layerdistill.signals import student_signal
 
 
 class Composite(nn.Module):
@@ -20,7 +20,7 @@ class Composite(nn.Module):
 
     def __init__(self, student: nn.Module, terms: nn.ModuleList) -> None:
         super().__init__()
-        self.student = student
+        self.student: Any = student
         self.terms = terms
 
     def forward(self, batch: Batch, teacher: Signal | None, progress: Progress) -> dict[str, tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from layerdistill.core.errors import Interrupted
 from layerdistill.core.files import explained_disk_errors, sweep_partials, whole_folder
 from layerdistill.core.types import Stage
-from layerdistill.capture import TeacherSource
+from layerdistill.signals import TeacherSource
 from layerdistill.train.composite import Composite
 from layerdistill.train.config import build_arguments
 from layerdistill.train.interruption import Interruption

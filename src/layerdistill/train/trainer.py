@@ -21,7 +21,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, replace_folder, sync_folder
 from layerdistill.core.types import Batch, Progress, Stage
 from layerdistill.matching.task_loss import task_loss
-from layerdistill.capture import TeacherSource, student_signal
+from layerdistill.signals import TeacherSource, student_signal
 from layerdistill.train.composite import Composite, needs_of, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS
 from layerdistill.train.sampler import EpochSampler
@@ -117,12 +117,13 @@ class StageTrainer(Trainer):
         return torch.stack(list(shares.values())).sum()
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the student's task loss (not the whole objective: no teacher is run), logits and labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = student_signal(self.composite.student, inputs, frozenset()).logits
+            assert logits is not None, "a student has a head"
             labels = inputs.get("labels")
             loss = task_loss(self.task, logits, inputs).value if labels is not None else None
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
@@ -136,7 +137,7 @@ class StageTrainer(Trainer):
     # Data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         if not hasattr(dataset, "__len__") or strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -159,7 +160,12 @@ class StageTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             student = self.composite.student
-            self._signature_columns = [*inspect.signature(student.forward).parameters, "label", "label_ids", "labels"]
+            self._signature_columns: Any = [
+                *inspect.signature(student.forward).parameters,
+                "label",
+                "label_ids",
+                "labels",
+            ]
 
     # Checkpoints
 
@@ -169,7 +175,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it into it, so that no half checkpoint is ever resumed."""
         self.term_log.refuse_pending(self.state.global_step)
-        root = Path(self.args.output_dir)
+        root = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         self.partial_folder = root / f"{PARTIAL_PREFIX}{name}"
         try:
@@ -201,7 +207,7 @@ class StageTrainer(Trainer):
         """Write the student as a stock `from_pretrained` folder and the helper modules beside it; never a pickle."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         save_student(self.composite.student, folder, self.processing_class)
         if helpers := {
             name: tensor.detach().cpu().contiguous() for name, tensor in self.composite.helper_state().items()
@@ -212,10 +218,10 @@ class StageTrainer(Trainer):
         load_stage(self.composite, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_stage(self.composite, Path(self.state.best_model_checkpoint))
+        load_stage(self.composite, Path(str(self.state.best_model_checkpoint)))
 
 
-def save_student(student: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+def save_student(student: Any, folder: Path, tokenizer: Any = None) -> None:
     """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer."""
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()

@@ -133,14 +133,15 @@ class _StackHooks:
         """Keep a copy of a layer, if the graph that it should have is there."""
         layer = LayerRef(self.stack.name, number)
         blocks = self.stack.blocks if number < 0 else self.stack.blocks[:number]
+        copy = tensor.clone()
         graph_expected = self.grad_outside or torch.is_grad_enabled()
-        if graph_expected and not tensor.requires_grad and any(p.requires_grad for b in blocks for p in b.parameters()):
+        if graph_expected and not copy.requires_grad and any(p.requires_grad for b in blocks for p in b.parameters()):
             raise UserError(
                 f"layer {layer} was captured without a graph though the blocks below it train, so a loss on it would "
                 "train nothing. Reentrant gradient checkpointing does this: set gradient_checkpointing_kwargs: "
                 "{use_reentrant: false}."
             )
-        self.captured.tensors[layer] = tensor.clone()
+        self.captured.tensors[layer] = copy
 
 
 def _hidden_of(values: Iterable[Any]) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layerdistill.capture.hooks import Captured, capture
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName
 from layerdistill.models import find_stacks, unwrap
+from layerdistill.signals.hooks import Captured, capture
 
 IGNORED = -100
 """The label that losses skip."""
