@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from datasets import Dataset
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.files import read_json, write_json
+from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.types import Pair
-from layerdistill.data import Collator
+from layerdistill.data import Collator, fingerprint_dataset
 from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, widths
@@ -75,16 +79,55 @@ def check_method(config: Any, pair: Pair) -> None:
     """Raise UserError when a method cannot work on a pair."""
     if pair.teacher is None and config.name != "none":
         raise UserError(f"The method {config.name!r} learns from a teacher. Pass teacher_model=..., or use 'none'.")
-    problems = find_method(config.name).problems(config, pair) if pair.teacher is not None else []
+    if pair.teacher is None or config.name == "none":
+        return
+    problems = head_problems(pair) or find_method(config.name).problems(config, pair)
     if problems:
         raise UserError(*problems)
+
+
+def head_problems(pair: Pair) -> list[str]:
+    """Return why the two models' predictions cannot be compared."""
+    teacher: Any = pair.teacher
+    student: Any = pair.student
+    if (theirs := task_of(teacher)) != pair.task:
+        return [f"The teacher is made for {theirs}, the student for {pair.task}. Load both with the head of one task."]
+    labels = teacher.config.num_labels, student.config.num_labels
+    if pair.task != "causal-lm" and labels[0] != labels[1]:
+        return [f"The teacher has {labels[0]} labels, the student {labels[1]}. Take models made for the same labels."]
+    return []
+
+
+def claim_folder(folder: Path, config: Any, pair: Pair, train_dataset: Any, args: TrainingArguments) -> None:
+    """Note in `folder` what is trained there; raises UserError when it holds the state of something else.
+
+    Without this a second call with the same `args` would find the first one's end state and return its student.
+    """
+    training = {name: value for name, value in args.to_dict().items() if name not in ("output_dir", "local_rank")}
+    identity = {
+        "method": fingerprint_json(config.model_dump(mode="json")),
+        "student": fingerprint_model(pair.student),
+        "teacher": fingerprint_model(pair.teacher) if pair.teacher is not None else "",
+        "data": fingerprint_dataset(train_dataset) if isinstance(train_dataset, Dataset) else "",
+        "args": fingerprint_json(training),
+    }
+    path = folder / "distill.json"
+    before = read_json(path) if path.exists() else identity
+    if differ := [name for name in identity if before.get(name) != identity[name]]:
+        raise UserError(
+            f"{folder} holds the state of another distillation ({', '.join(differ)} were different). Give each its own "
+            "args.output_dir, or delete that folder. (A trained student is no longer the student it was.)"
+        )
+    if PartialState().is_main_process:
+        write_json(path, identity)
 
 
 class LayerDistillationTrainer(StageTrainer):
     """transformers.Trainer with a teacher: trains `model` by a method that has one stage.
 
     `method` is a name, a dict as in a recipe, or a method's config. `eval_loss` is the student's loss on the labels.
-    Methods with several stages run through `distill` or a recipe. Datasets are tokenised, as for the Trainer.
+    Methods with several stages run through `distill` or a recipe. Datasets are tokenised, as for the Trainer; given a
+    tokenizer as `processing_class` and no `data_collator`, batches are padded by ours, labels of language models too.
     """
 
     def __init__(
@@ -107,6 +150,8 @@ class LayerDistillationTrainer(StageTrainer):
                 f"The method {config.name!r} has {len(stages)} stages. Use layerdistill.distill(...) for it."
             )
         teacher = LiveTeacher(teacher_model) if teacher_model is not None else None
+        if options.get("data_collator") is None and options.get("processing_class") is not None:
+            options["data_collator"] = Collator(options["processing_class"], pair.task)
         super().__init__(stages[0], pair.task, args, train_dataset, teacher, **options)
 
     @property
@@ -116,7 +161,7 @@ class LayerDistillationTrainer(StageTrainer):
 
 
 def distill(
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     student: PreTrainedModel,
     train_dataset: Any,
     eval_dataset: Any = None,
@@ -128,19 +173,25 @@ def distill(
     """Train `student` in place by any method and return it with its metrics on `eval_dataset`.
 
     Datasets are tokenised (`input_ids`, `attention_mask`, `labels`). `method_options` are a recipe's method section.
-    Without `args` the state of training lies in a temporary folder and is gone afterwards.
+    `processing_class` is the tokenizer, which knows how to pad. With `args` the state of training lies in
+    `args.output_dir`, and the same call goes on with it; without, in a temporary folder that is gone afterwards.
+    Raises UserError for options that do not fit, and for an `output_dir` that holds another distillation.
     """
     config = method_config(method, method_options)
+    if processing_class is None:
+        raise UserError("processing_class is missing: pass the tokenizer, which says how batches are padded.")
     with tempfile.TemporaryDirectory(prefix="layerdistill-") as temporary:
         folder = Path(str(args.output_dir)) if args is not None else Path(temporary)
         seed = args.seed if args is not None else 42
         pair = make_pair(teacher, student, seed)
         check_method(config, pair)
+        if args is not None:
+            claim_folder(folder, config, pair, train_dataset, args)
         collator = Collator(processing_class, pair.task)
         datasets = {"train": train_dataset} | ({"validation": eval_dataset} if eval_dataset is not None else {})
         training: Any = args if args is not None else {}
         given = StageInput(pair.task, datasets, collator, processing_class, training, seed, folder, Console(quiet=True))
-        source = LiveTeacher(teacher)
+        source = LiveTeacher(teacher) if teacher is not None else None
         for stage in find_method(config.name).stages(pair, config):
             run_stage(stage, given, source)
     if eval_dataset is None:

@@ -35,10 +35,14 @@ def train(
     again: Annotated[bool, typer.Option(help="Delete what the output folder holds and start anew.")] = False,
 ) -> None:
     """Run a recipe; the same command goes on with one that was interrupted."""
+    from accelerate import PartialState
+
     from layerdistill.report.run_table import print_result
     from layerdistill.runner import run
 
-    print_result(run(recipe, set_, again=again), console)
+    result = run(recipe, set_, again=again)
+    if PartialState().is_main_process:
+        print_result(result, console)
 
 
 @app.command()

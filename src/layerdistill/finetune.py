@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -19,7 +20,7 @@ from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset, padding_id
 from layerdistill.methods.task_term import TaskTerm
-from layerdistill.models import LoadedModel, load_model
+from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_model
 from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
@@ -40,19 +41,20 @@ def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], c
     Raises UserError when its head would be random and nothing trains it.
     """
     section = prepared.recipe.teacher
-    if section is None or prepared.teacher_source is None:
+    if section is None:
         return None
     if section.finetune is None:
+        assert prepared.teacher_source is not None, "an architecture comes with finetune"
         loaded = open_model(prepared, prepared.teacher_source, section, section.dtype)
         refuse_random_head(prepared, loaded)
         return loaded.model
     # Trained in float32 whatever the dtype it is run in: bf16 weights lose small updates.
-    loaded = open_model(prepared, prepared.teacher_source, section, "float32", replace_head=True)
-    name = teacher_fingerprint(prepared, loaded.model)
+    start = starting_model(prepared, section)
+    name = teacher_fingerprint(prepared, start)
     folder = kept_teachers() / name
     if not folder.exists():
-        console.print(f"Fine-tuning the teacher {section.model} on the task; it is kept in {folder} and reused.")
-        make_teacher(prepared, loaded.model, folder, make_input)
+        console.print(f"Training the teacher ({section.name}) on the task; it is kept in {folder} and reused.")
+        make_teacher(prepared, start, folder, make_input)
     return open_model(prepared, str(folder), section, section.dtype).model
 
 
@@ -74,6 +76,15 @@ def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replac
         loaded.model.config.id2label = dict(enumerate(prepared.labels.names))
         loaded.model.config.label2id = {name: index for index, name in enumerate(prepared.labels.names)}
     return loaded
+
+
+def starting_model(prepared: Prepared, section: TeacherConfig) -> nn.Module:
+    """Return what fine-tuning starts from: the pretrained model with a head for the task, or random weights."""
+    if prepared.teacher_source is not None:
+        return open_model(prepared, prepared.teacher_source, section, "float32", replace_head=True).model
+    assert prepared.teacher_config is not None, "prepare() has made it of the architecture"
+    task, labels = prepared.recipe.data.task, prepared.labels.num_labels or None
+    return new_model(prepared.teacher_config, task, labels, DEFAULT_SEED)
 
 
 def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
@@ -110,12 +121,20 @@ def make_teacher(prepared: Prepared, model: nn.Module, folder: Path, make_input:
     given = replace(make_input(work), training=finetune_arguments(prepared.recipe), seed=seed)
     stage = Stage("teacher", model, nn.ModuleList([TaskTerm(prepared.recipe.data.task, 1.0)]))
     run_stage(stage, given, teacher=None)
+    if PartialState().is_main_process:
+        keep_teacher(prepared, model, folder)
+    PartialState().wait_for_everyone()
+
+
+def keep_teacher(prepared: Prepared, model: nn.Module, folder: Path) -> None:
+    """Write a fine-tuned teacher, with what it was made from, to its place."""
+    assert prepared.recipe.teacher is not None
     with explained_disk_errors("The fine-tuned teacher", folder), whole_folder(folder) as partial:
         save_student(model, partial, prepared.tokenizer)
         write_json(
             partial / "made_from.json",
             {
-                "model": prepared.recipe.teacher.model,
+                "model": prepared.recipe.teacher.model or prepared.recipe.teacher.architecture,
                 "data": prepared.recipe.data.model_dump(mode="json"),
                 "finetune": prepared.recipe.teacher.finetune,
             },

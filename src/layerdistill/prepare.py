@@ -28,6 +28,7 @@ from layerdistill.methods.table import find_method
 from layerdistill.models import (
     depths_from_config,
     load_config,
+    new_config,
     resolve_model_source,
     shrink_config,
     widths_from_config,
@@ -107,15 +108,21 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     problems.found += metric_problems(recipe.evaluation.metrics, recipe.data.task)
     problems.found += section_problems(recipe)
     splits = problems.attempt(load_splits, recipe.data, recipe.base, memory)
-    if splits and "validation" not in splits and recipe.training.get("eval_strategy", "no") != "no":
-        problems.found.append("training.eval_strategy asks for evaluations, but data.validation is missing. Add it.")
+    finetune = (recipe.teacher.finetune if recipe.teacher is not None else None) or {}
+    for place, given in (("training", recipe.training), ("teacher.finetune", finetune)):
+        if splits and "validation" not in splits and given.get("eval_strategy", "no") != "no":
+            problems.found.append(
+                f"{place}.eval_strategy asks for evaluations, but data.validation is missing. Add it."
+            )
     labels = problems.attempt(label_space, splits, recipe.data) if splits else None
     teacher_source, teacher_config = model_config(recipe.teacher, recipe, problems)
     student_source, student_config = model_config(recipe.student if recipe.student.model else None, recipe, problems)
+    known = student_config is not None or teacher_config is not None or recipe.data.tokenizer is not None
+    tokenizer = problems.attempt(find_tokenizer, recipe, student_source or teacher_source) if known else None
+    if recipe.teacher is not None and recipe.teacher.architecture is not None and tokenizer is not None:
+        teacher_config = problems.attempt(new_config, recipe.teacher.architecture, len(tokenizer))
     if student_config is None and teacher_config is not None and not recipe.student.model:
         student_config = problems.attempt(shrink_config, teacher_config, **shape_of(recipe))
-    known = student_config if student_source else teacher_config
-    tokenizer = problems.attempt(find_tokenizer, recipe, student_source or teacher_source) if known else None
     teacher_tokenizer = problems.attempt(open_tokenizer, teacher_source) if student_source and teacher_source else None
     problems.stop()
     assert splits is not None and labels is not None and student_config is not None and tokenizer is not None
@@ -161,10 +168,15 @@ def section_problems(recipe: Recipe) -> list[str]:
         problems.append(
             f"teacher is missing: the method {recipe.method.name!r} learns from one. Add teacher: {{model: ...}}."
         )
+    if recipe.teacher is not None and recipe.teacher.architecture is not None and recipe.data.tokenizer is None:
+        problems.append("data.tokenizer is missing: a teacher.architecture has no tokenizer of its own. Name a folder.")
     if recipe.teacher is None and cut_out:
         problems.append("teacher is missing: the student is to be cut out of it. Add it, or give student.model.")
     if recipe.teacher is not None and recipe.teacher.finetune is not None:
         problems += training_problems(finetune_arguments(recipe), place="teacher.finetune")
+        seed = recipe.teacher.finetune.get("seed", 0)
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            problems.append(f"teacher.finetune.seed is {seed!r}: it must be a whole number from 0 to 2**32 - 1.")
     return problems
 
 
@@ -182,12 +194,12 @@ def shape_of(recipe: Recipe) -> dict[str, Any]:
 
 def model_config(section: Any, recipe: Recipe, problems: Problems) -> tuple[str | None, PreTrainedConfig | None]:
     """Return where a model is and its config, or None for both where the section names no model."""
-    if section is None:
+    if section is None or section.model is None:
         return None, None
     source = problems.attempt(resolve_model_source, section.model, recipe.base)
     if source is None:
         return None, None
-    return source, problems.attempt(load_config, source, trust_remote_code=section.trust_remote_code)
+    return source, problems.attempt(load_config, source, section.trust_remote_code, section.revision)
 
 
 def find_tokenizer(recipe: Recipe, source: str | None) -> PreTrainedTokenizerBase | None:
@@ -236,7 +248,7 @@ def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: Labe
     if recipe.data.task in FALLBACK_TASKS or teacher.num_labels == labels.num_labels:
         return []
     return [
-        f"The head of the teacher {recipe.teacher.model} has {teacher.num_labels} labels, the data has {labels.num_labels} "
-        f"({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it fine-tuned first: "
-        "teacher.finetune: {num_train_epochs: 3}."
+        f"The head of the teacher {recipe.teacher.name} has {teacher.num_labels} labels, the data has "
+        f"{labels.num_labels} ({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it "
+        "fine-tuned first: teacher.finetune: {num_train_epochs: 3}."
     ]

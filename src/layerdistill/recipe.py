@@ -64,11 +64,16 @@ class RecipeLoader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2: `5e-4` is a number, as everyone who writes it means."""
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.nan$"),
-    list("-+0123456789."),
-)
+class RecipeDumper(yaml.SafeDumper):
+    """Puts quotes around words that RecipeLoader would read as numbers."""
+
+
+for reads_or_writes in (RecipeLoader, RecipeDumper):
+    reads_or_writes.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.nan$"),
+        list("-+0123456789."),
+    )
 RecipeLoader.yaml_implicit_resolvers = {
     key: sorted(value, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
     for key, value in RecipeLoader.yaml_implicit_resolvers.items()
@@ -82,7 +87,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     """
     base: Path | None = None
     if isinstance(source, Recipe):
-        base, given = source.base, source.model_dump(mode="json", exclude_unset=True)
+        base, given = source.base, source.model_dump(mode="json")
     elif isinstance(source, dict):
         given = dict(source)
     else:
@@ -139,16 +144,24 @@ def apply_override(given: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError, within: tuple[str, ...] = ()) -> list[str]:
     """Return one sentence per problem of a recipe (or of the section `within` it), in this project's own words."""
-    sentences: dict[str, str] = {}
+    found: dict[tuple[int | str, ...], Any] = {}
     for item in error.errors():
         location = tuple(part for part in (*within, *item["loc"]) if not is_type_name(part))
-        sentences.setdefault(".".join(map(str, location)), explain_one(item, location))
-    return list(sentences.values())
+        # Of a union's branches, the one whose type fits says what is wrong; the others only say that theirs does not.
+        if location not in found or (is_wrong_type(found[location]) and not is_wrong_type(item)):
+            found[location] = item
+    outer = {location[:depth] for location in found for depth in range(len(location))}
+    return [explain_one(item, location) for location, item in found.items() if location not in outer]
+
+
+def is_wrong_type(item: Any) -> bool:
+    """Whether pydantic's error item says that a value is of the wrong kind altogether."""
+    return item["type"].endswith("_type")
 
 
 def is_type_name(part: int | str) -> bool:
     """Whether pydantic put this part into a location to say which branch of a union it tried."""
-    return isinstance(part, str) and ("[" in part or part in ("int", "str", "float", "bool"))
+    return isinstance(part, str) and ("[" in part or part in ("int", "str", "float", "bool", "constrained-int"))
 
 
 def explain_one(item: Any, location: tuple[int | str, ...]) -> str:
@@ -213,7 +226,8 @@ def field_doc(location: tuple[int | str, ...]) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the complete recipe, defaults included, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    given = recipe.model_dump(mode="json")
+    return yaml.dump(given, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -71,14 +71,14 @@ def run(
     folder = Path(recipe.output)
     console = console or Console(quiet=not PartialState().is_main_process)
     with lock(folder):
+        if not again:
+            refuse_another_recipe(folder, recipe)
+            if (folder / EVALUATION_FILE).exists():
+                console.print(f"{folder} is finished; it is not run again (--again does).")
+                return read_result(folder)
+        prepared = prepare(recipe)
         if again:
             forget(folder)
-        elif (folder / EVALUATION_FILE).exists():
-            refuse_another_recipe(folder, recipe)
-            console.print(f"{folder} is finished; it is not run again (--again does).")
-            return read_result(folder)
-        refuse_another_recipe(folder, recipe)
-        prepared = prepare(recipe)
         record_start(folder, recipe, prepared)
         teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
         pair = replace(prepared.pair, teacher=teacher, student=load_student_model(prepared, teacher))
@@ -116,7 +116,7 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
     split = "test" if "test" in prepared.datasets else "validation"
     result: dict[str, Any] = {"split": split}
     for name, model in models.items():
-        if split not in prepared.datasets:
+        if split not in prepared.datasets or (name == "teacher" and not reads_the_data(prepared)):
             result[name] = {}
             continue
         found = evaluate_model(
@@ -137,6 +137,11 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
         folders = {"student": folder / STUDENT_FOLDER if folder is not None else None}
         result["cost"] = measure_costs(models, section.seq_for(data.max_length), section, folders)
     return result
+
+
+def reads_the_data(prepared: Prepared) -> bool:
+    """Whether the teacher knows the data's token ids: they are the student's, which may have a tokenizer of its own."""
+    return prepared.vocabulary is None or prepared.vocabulary.identical
 
 
 def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
@@ -161,9 +166,9 @@ def load_student_model(prepared: Prepared, teacher: nn.Module | None) -> nn.Modu
     section = prepared.recipe.student
     if prepared.student_source is not None:
         return open_model(prepared, prepared.student_source, section, section.dtype).model
-    shape = shape_of(prepared.recipe)
     assert teacher is not None, "prepare() has seen to it"
-    return make_student(teacher, **shape)
+    student = make_student(teacher, **shape_of(prepared.recipe))
+    return student if section.dtype == "auto" else student.to(getattr(torch, section.dtype))
 
 
 def stage_input(prepared: Prepared, folder: Path, console: Console) -> StageInput:
@@ -230,12 +235,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def forget(folder: Path) -> None:
     """Delete what an earlier run left in the folder; nothing but a run's own files is touched."""
-    for name in (RECIPE_FILE, EVALUATION_FILE, "environment.json", "decisions.json", "metrics.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("predictions*.parquet"):
-        path.unlink()
-    for name in (STUDENT_FOLDER, "checkpoints", "helpers"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    if PartialState().is_main_process:
+        for name in (RECIPE_FILE, EVALUATION_FILE, "environment.json", "decisions.json", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("predictions*.parquet"):
+            path.unlink()
+        for name in (STUDENT_FOLDER, "checkpoints", "helpers"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    PartialState().wait_for_everyone()
 
 
 def record_start(folder: Path, recipe: Recipe, prepared: Prepared) -> None:

@@ -15,14 +15,15 @@ from layerdistill.core.types import Mean
 from layerdistill.matching import (
     binary_cross_entropy,
     binary_kl,
-    causal_shift,
     cross_entropy,
     forward_kl,
     js_divergence,
     logit_mse,
     mean_squared_error,
+    next_token_labels,
     reverse_kl,
     soft_cross_entropy,
+    wide_rows,
 )
 
 from . import references
@@ -181,8 +182,24 @@ def test_label_losses_are_computed_in_float32_and_have_their_gradient(loss: Dive
     assert mean.value.item() == pytest.approx(loss(scores.bfloat16().double(), labels).value.item(), rel=1e-6)
 
 
-def test_causal_shift_pairs_each_position_with_the_next_token() -> None:
-    scores, labels = logits(2, 5, 7, seed=0), torch.arange(10).reshape(2, 5)
-    shifted, targets = causal_shift(scores, labels)
-    assert torch.equal(shifted, scores[:, :4])
-    assert targets.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+def test_next_token_labels_pairs_each_position_with_the_next_token() -> None:
+    labels = torch.arange(10).reshape(2, 5)
+    assert next_token_labels(labels).tolist() == [[1, 2, 3, 4, -100], [6, 7, 8, 9, -100]]
+
+
+def test_pieces_of_rows_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, labels = logits(3, 7, 50, seed=0), logits(3, 7, 50, seed=1), torch.randint(0, 50, (3, 7))
+    labels[0, 3:] = -100
+    found = []
+    for elements in (1, 170, 10**6):
+        monkeypatch.setattr(wide_rows, "PIECE", {"cpu": elements})
+        ours = student.clone().requires_grad_()
+        kl = forward_kl(ours, teacher, labels != -100, temperature=1.7, vocab_size=47)
+        hard = cross_entropy(ours, labels)
+        total = kl.value + 0.3 * hard.value
+        first = torch.autograd.grad(total, ours, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(total, ours)[0]), "a graph that is kept can be used again"
+        found.append((kl.total, hard.total, first))
+    for one in found[1:]:
+        for given, expected in zip(one, found[0], strict=True):
+            torch.testing.assert_close(given, expected)

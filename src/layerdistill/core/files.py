@@ -69,11 +69,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; an older `target` is moved aside first and deleted last."""
+    """Rename `source` to `target`; an older `target` is moved aside first, put back on failure, and deleted last."""
     aside = target.with_name(f"{PARTIAL_PREFIX}old-{os.getpid()}-{target.name}")
     if target.exists():
         os.replace(target, aside)
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, target)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

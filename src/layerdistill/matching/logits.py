@@ -17,7 +17,15 @@ from torch.nn import functional
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
-from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_rows, same_rows, summed
+from layerdistill.matching.rows import (
+    in_full_precision,
+    in_one_dtype,
+    real_row_numbers,
+    real_rows,
+    same_rows,
+    summed,
+)
+from layerdistill.matching.wide_rows import cross_entropy_of_rows, kl_of_rows
 
 LOWEST_LOG_PROBABILITY = -100.0
 """What `reverse_kl` reads where the teacher's logit is minus infinity; the true value would make the loss infinite."""
@@ -36,8 +44,7 @@ def forward_kl(
     Shapes, mask and `vocab_size` as in the module's docstring; the count is in examples or tokens. Classes of which the
     teacher's logit is minus infinity add nothing. Raises UserError for one logit, of which a KL is always 0.
     """
-    s, t = _logit_pairs(student, teacher, mask, temperature, vocab_size, categorical=True)
-    return _scaled(_kl_rows(s, t), temperature)
+    return _scaled(_kl(student, teacher, mask, temperature, vocab_size), temperature)
 
 
 @in_full_precision
@@ -98,10 +105,10 @@ def soft_cross_entropy(
 
     Same gradient as `forward_kl`, but not 0 at equality. Arguments, count and errors as in `forward_kl`.
     """
-    s, t = _logit_pairs(student, teacher, mask, temperature, vocab_size, categorical=True)
+    _, t = _logit_pairs(student, teacher, mask, temperature, vocab_size, categorical=True)
     log_t = t.log_softmax(-1)
     entropy = -(log_t.exp() * torch.where(log_t == -torch.inf, 0.0, log_t)).sum(-1)
-    return _scaled(_kl_rows(s, t) + entropy, temperature)
+    return _scaled(_kl(student, teacher, mask, temperature, vocab_size) + entropy, temperature)
 
 
 @in_full_precision
@@ -152,9 +159,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> M
             f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)}: labels must have the logits' "
             f"shape without its last axis, {tuple(logits.shape[:-1])}, one class number each."
         )
-    kept = labels != ignore_index
-    rows = real_rows(logits, kept)
-    return summed(functional.cross_entropy(rows, labels[kept].to(rows.device), reduction="none"))
+    flat = labels.reshape(-1).to(logits.device)
+    rows = real_row_numbers(logits, labels != ignore_index)
+    return summed(cross_entropy_of_rows(logits.reshape(-1, logits.shape[-1]), flat, rows))
 
 
 @in_full_precision
@@ -179,9 +186,12 @@ def mean_squared_error(logits: Tensor, labels: Tensor) -> Mean:
     return summed((rows - _targets(labels, rows)).square().mean(-1))
 
 
-def causal_shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Align `(batch, seq, vocab)` and `(batch, seq)` for next-token prediction: both come back `seq - 1` long."""
-    return logits[:, :-1], labels[:, 1:]
+def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return, for each position of `(batch, seq)`, the label of the next one, and `ignore_index` for the last.
+
+    The labels are moved rather than the logits cut: a cut of `(batch, seq, vocab)` would be copied.
+    """
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)], dim=1)
 
 
 def _logit_pairs(
@@ -194,6 +204,26 @@ def _logit_pairs(
     categorical: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return both sides' real rows, cut to the common vocabulary and divided by the temperature."""
+    kept = _common_width(student, teacher, temperature, vocab_size, categorical=categorical)
+    student, teacher = student[..., :kept], teacher.detach()[..., :kept]
+    s, t = in_one_dtype(real_rows(student, mask), real_rows(teacher, mask))
+    return s / temperature, t / temperature
+
+
+def _kl(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float, vocab_size: int | None) -> Tensor:
+    """KL(teacher || student) of every real row, without copies of the logits; see `wide_rows`."""
+    width = _common_width(student, teacher, temperature, vocab_size, categorical=True)
+    rows = real_row_numbers(student, mask)
+    flat_student, flat_teacher = (given.reshape(-1, given.shape[-1]) for given in (student, teacher.detach()))
+    if torch.float64 in (student.dtype, teacher.dtype):
+        flat_student, flat_teacher = flat_student.double(), flat_teacher.double()
+    return kl_of_rows(flat_student, flat_teacher, rows, width, temperature)
+
+
+def _common_width(
+    student: Tensor, teacher: Tensor, temperature: float, vocab_size: int | None, *, categorical: bool
+) -> int:
+    """Return how many entries of the last axis are compared; raises UserError for what cannot be compared."""
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}, but must be greater than 0; 1 leaves the logits as they are.")
     same_rows(student, teacher)
@@ -204,11 +234,9 @@ def _logit_pairs(
             f"vocab_size is {kept}, but must be from 1 to {smaller}: the student has {student.shape[-1]} logits "
             f"and the teacher {teacher.shape[-1]}."
         )
-    student, teacher = student[..., :kept], teacher.detach()[..., :kept]
     if categorical:
-        _refuse_one_logit(student, "logit_mse for a regression head, binary_kl for a yes/no label")
-    s, t = in_one_dtype(real_rows(student, mask), real_rows(teacher, mask))
-    return s / temperature, t / temperature
+        _refuse_one_logit(student[..., :kept], "logit_mse for a regression head, binary_kl for a yes/no label")
+    return kept
 
 
 def _refuse_one_logit(logits: Tensor, instead: str) -> None:

@@ -45,15 +45,22 @@ def real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
             "missing axis, for example with .unsqueeze(-1)."
         )
     flat = values.reshape(-1, values.shape[-1])
+    return upcast(flat) if mask is None else upcast(flat.index_select(0, real_row_numbers(values, mask)))
+
+
+def real_row_numbers(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the numbers, `(rows,)`, of the rows of `(..., features)` that `mask` keeps, counted over all leading axes.
+
+    Raises UserError when the shapes do not fit.
+    """
     if mask is None:
-        return upcast(flat)
+        return torch.arange(values[..., 0].numel(), device=values.device)
     if mask.shape != values.shape[:-1]:
         raise UserError(
             f"the mask has shape {tuple(mask.shape)}, but must have the shape of the features without their last axis, "
             f"{tuple(values.shape[:-1])}: 1 (or True) on real tokens, 0 on padding."
         )
-    kept = mask.reshape(-1).to(flat.device).ne(0).nonzero().squeeze(1)
-    return upcast(flat.index_select(0, kept))
+    return mask.reshape(-1).to(values.device).ne(0).nonzero().squeeze(1)
 
 
 def same_rows(student: Tensor, teacher: Tensor) -> None:

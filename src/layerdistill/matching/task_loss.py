@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from layerdistill.core.types import Batch, Mean, Unit
-from layerdistill.matching.logits import binary_cross_entropy, causal_shift, cross_entropy, mean_squared_error
+from layerdistill.matching.logits import binary_cross_entropy, cross_entropy, mean_squared_error, next_token_labels
 
 
 def task_loss(task: str, logits: Tensor, batch: Batch) -> Mean:
@@ -16,7 +16,7 @@ def task_loss(task: str, logits: Tensor, batch: Batch) -> Mean:
     """
     labels = batch["labels"]
     if task == "causal-lm":
-        return cross_entropy(*causal_shift(logits, labels))
+        return cross_entropy(logits, next_token_labels(labels))
     if task == "regression":
         return mean_squared_error(logits, labels)
     if task == "multi-label-classification":

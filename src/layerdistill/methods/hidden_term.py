@@ -79,8 +79,8 @@ class HiddenTerm(nn.Module):
 
 def pair_name(student: LayerRef, teachers: Sequence[LayerRef]) -> str:
     """Return the name under which a pair is logged: `hidden/3-6`, `hidden/encoder.3-6`, `hidden/1-1..4`."""
-    first, last = teachers[0].number, teachers[-1].number
-    theirs = str(first) if len(teachers) == 1 else f"{first}..{last}"
+    first, last = (str(layer).rpartition(".")[2] for layer in (teachers[0], teachers[-1]))
+    theirs = first if len(teachers) == 1 else f"{first}..{last}"
     return f"hidden/{student}-{theirs}"
 
 

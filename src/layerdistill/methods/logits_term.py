@@ -14,10 +14,14 @@ from layerdistill.matching import (
     forward_kl,
     js_divergence,
     logit_mse,
+    next_token_labels,
     reverse_kl,
     soft_cross_entropy,
 )
 from layerdistill.matching.task_loss import label_unit
+
+IGNORED = -100
+"""The label of positions that no loss counts."""
 
 LogitsLoss = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy", "binary_kl", "mse"]
 
@@ -87,8 +91,7 @@ class LogitsTerm(nn.Module):
         assert student.logits is not None and teacher is not None and teacher.logits is not None
         ours, theirs, mask = student.logits, teacher.logits, None
         if self.task == "causal-lm":
-            mask = batch["labels"][:, 1:] != -100
-            ours, theirs = ours[:, :-1], theirs[:, :-1]
+            mask = next_token_labels(batch["labels"]) != IGNORED
         if self.loss == "mse":
             return {self.name: logit_mse(ours, theirs, mask)}
         if self.loss == "binary_kl":

@@ -5,6 +5,7 @@ from layerdistill.models.count import count_parameters
 from layerdistill.models.fields import depths_from_config, widths_from_config
 from layerdistill.models.load import LoadedModel, load_config, load_model, load_tokenizer
 from layerdistill.models.locate import resolve_model_source
+from layerdistill.models.new import new_config, new_model
 from layerdistill.models.shrink import block_sources, shrink_config
 from layerdistill.models.structure import Stack, depths, find_embeddings, find_head, find_stacks, unwrap, widths
 from layerdistill.models.student import make_student
@@ -27,6 +28,8 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "make_student",
+    "new_config",
+    "new_model",
     "resolve_model_source",
     "shrink_config",
     "unwrap",

@@ -14,10 +14,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class TeacherConfig(SectionConfig):
-    """The model that is learned from."""
+    """The model that is learned from: a pretrained `model`, or an `architecture` to be trained from random weights."""
 
-    model: str
+    model: str | None = None
     """A hub id, a folder, or `package:NAME/folder` inside an installed Python package; safetensors only."""
+    architecture: dict[str, Any] | None = None
+    """In place of `model`: `model_type` and fields of its transformers config, for example `{model_type: gpt2, n_layer:
+    4}`. Starts from random weights, so `finetune` must train it; `data.tokenizer` gives the vocabulary."""
     finetune: dict[str, Any] | None = None
     """`TrainingArguments` fields with which to fit the teacher to the task first; kept and reused. Null: as it is."""
     trust_remote_code: bool = False
@@ -28,6 +31,24 @@ class TeacherConfig(SectionConfig):
     """Branch, tag or commit on the hub."""
     attn_implementation: str | None = None
     """`eager`, `sdpa`, `flash_attention_2`, ...; null lets transformers choose."""
+
+    @model_validator(mode="after")
+    def _either_model_or_architecture(self) -> TeacherConfig:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError(
+                "give teacher.model (a pretrained model) or teacher.architecture (a new one), and not both"
+            )
+        if self.architecture is not None and self.finetune is None:
+            raise ValueError(
+                "teacher.architecture starts from random weights, from which nothing can be learned: say how it is "
+                "trained, for example teacher.finetune: {num_train_epochs: 3, learning_rate: 5.0e-4}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """What messages call the teacher."""
+        return self.model or f"new {(self.architecture or {}).get('model_type')} model"
 
 
 class StudentConfig(SectionConfig):
@@ -61,9 +82,10 @@ class StudentConfig(SectionConfig):
     def _either_model_or_shape(self) -> StudentConfig:
         shape = {"num_blocks", "hidden_size", "intermediate_size", "num_attention_heads", "init", "copy_map"}
         given = sorted(key for key in shape & self.model_fields_set if getattr(self, key) is not None)
-        if self.model is not None and given:
+        chosen = [key for key in given if getattr(self, key) != type(self).model_fields[key].default]
+        if self.model is not None and chosen:
             raise ValueError(
-                f"student has a model ({self.model!r}) and a shape ({', '.join(given)}): give one of them. A shape is "
+                f"student has a model ({self.model!r}) and a shape ({', '.join(chosen)}): give one of them. A shape is "
                 "made out of the teacher, a model is taken as it is"
             )
         if self.model is None and not given:

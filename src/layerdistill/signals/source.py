@@ -36,7 +36,13 @@ class LiveTeacher:
         self.model = model.eval().requires_grad_(False)
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """Return the teacher's signal, in its own dtype; the head is run only if logits are asked for."""
+        """Return the teacher's signal, in its own dtype; the head is run only if logits are asked for.
+
+        The teacher follows the batch to its device, because nothing else moves it there.
+        """
+        place = batch["input_ids"].device
+        if next(self.model.parameters()).device != place:
+            self.model.to(place)
         with torch.no_grad():
             return run_model(self.model, batch, needs.teacher, logits=needs.teacher_logits)
 

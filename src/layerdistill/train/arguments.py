@@ -75,7 +75,7 @@ def type_problems(name: str, value: Any) -> list[str]:
     except (PydanticUserError, PydanticSchemaGenerationError):
         return []
     try:
-        adapter.validate_python(value)
+        adapter.validate_python(value, strict=True)
     except ValidationError as error:
         return [item["msg"] for item in error.errors()[:1]]
     return []
