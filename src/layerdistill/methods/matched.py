@@ -25,7 +25,7 @@ class LayerMapConfig(SectionConfig):
     """A strategy, or explicit [student, teacher] pairs; layer 0 is the embedding output, k the output of block k."""
 
     embeddings: bool = False
-    """Whether the embedding outputs are matched too (strategies only; explicit pairs say it themselves)."""
+    """Whether the embedding outputs are matched too: the pair [0, 0] is added."""
 
     redraw: Literal["run", "epoch", "batch"] = "run"
     """How often the random strategies draw a new map."""

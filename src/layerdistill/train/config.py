@@ -16,8 +16,8 @@ TERM_GRADIENT_STEPS = 200
 class LayerDistillationConfig(TrainingArguments):
     """transformers' TrainingArguments with other defaults and the fields below; every transformers field works.
 
-    Other defaults: no tracker unless `report_to` names one; logging every 50 steps; a checkpoint every 500 steps, the
-    newest kept; no per-step check of the loss for NaN (a host synchronisation), because the logged means are checked.
+    Other defaults: logging every 50 steps; only the newest checkpoint is kept; no per-step check of the loss for NaN (a
+    host synchronisation), because the logged means are checked.
     """
 
     term_gradient_steps: int = field(
@@ -25,9 +25,7 @@ class LayerDistillationConfig(TrainingArguments):
         metadata={"help": "Steps between two measurements of each term's gradient norm; 0 turns them off."},
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the newest is always kept."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, such as tensorboard."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See transformers' TrainingArguments."})
 
 
@@ -49,9 +47,11 @@ def field_names() -> list[str]:
 def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> LayerDistillationConfig:
     """Return the arguments of one stage; raises ValueError or TypeError from transformers for impossible values.
 
-    Without an accelerator `use_cpu` is set, because transformers refuses `bf16` on a processor otherwise.
+    Without an accelerator `use_cpu` is set, because transformers refuses `bf16` on a processor otherwise, and memory is
+    not pinned.
     """
     ours = {"output_dir": output_dir, "seed": seed}
     if not torch.accelerator.is_available():
         ours["use_cpu"] = True
+        training = {"dataloader_pin_memory": False, **training}
     return LayerDistillationConfig(**{**training, **ours})

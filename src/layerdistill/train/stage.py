@@ -86,7 +86,7 @@ def make_trainer(
     """Return the trainer of a stage with our callbacks in place of transformers' printing ones."""
     interruption = Interruption()
     bar = ProgressBar(stage.name, given.console)
-    columns = ["input_ids", "attention_mask", "token_type_ids", "labels", "length"]
+    columns = ["input_ids", "attention_mask", "token_type_ids", "labels", "label", "length"]
     trainer = StageTrainer(
         stage,
         given.task,
