@@ -79,11 +79,12 @@ def run(
                 console.print(f"{folder} is finished; it is not run again (--again does).")
                 return read_result(folder)
         prepared = prepare(recipe)
+        teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
+        pair = replace(prepared.pair, teacher=teacher, student=load_student_model(prepared, teacher))
+        # Only now nothing of the recipe can be wrong any more, and what an earlier run left may go.
         if again:
             forget(folder)
         record_start(folder, recipe, prepared)
-        teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
-        pair = replace(prepared.pair, teacher=teacher, student=load_student_model(prepared, teacher))
         train(prepared, pair, folder, console)
         return evaluate_run(prepared, pair, folder)
 

@@ -326,6 +326,11 @@ def test_again_with_a_wrong_recipe_deletes_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             run(recipe, [mistake], again=True, console=QUIET)
         assert contents(first.folder) == before
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match="damaged"):
+        run(recipe, again=True, console=QUIET)
+    assert contents(first.folder) == before
 
 
 def test_a_run_that_stopped_before_its_evaluation_only_evaluates(

@@ -1,0 +1,49 @@
+"""Finished run folders into one row per method over its seeds: `python -m layerdistill.report.runs FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.files import read_json
+from layerdistill.report.comparison import ComparisonRow, markdown_table
+
+
+def collect_rows(folder: Path) -> list[ComparisonRow]:
+    """Return the teacher's row and one per method, with the metrics of all its finished runs directly below `folder`.
+
+    Costs are those of the method's first run. Runs of different recipes (anything but method, seed and output) do not
+    belong into one table: UserError names the first key that differs. So does a folder without a finished run.
+    """
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    shared: dict[str, Any] | None = None
+    for path in sorted(folder.glob("*/evaluation.json")):
+        recipe = yaml.safe_load((path.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        rest = {key: value for key, value in recipe.items() if key not in ("method", "seed", "output")}
+        shared = shared or rest
+        if differ := [key for key in rest if rest[key] != shared.get(key)]:
+            raise UserError(f"{path.parent} has another {differ[0]} section than the runs before it in {folder}.")
+        found[recipe["method"]["name"]].append(read_json(path))
+    if not found:
+        raise UserError(f"There is no finished run (a folder with evaluation.json) directly below {folder}.")
+    first = next(iter(found.values()))[0]
+    rows = [ComparisonRow.from_cost("teacher", first["teacher"], first["cost"]["teacher"], is_teacher=True)]
+    for method in sorted(found, key=lambda name: (name != "none", name != "kd", name)):
+        runs = found[method]
+        metrics = {name: [run["student"][name] for run in runs] for name in runs[0]["student"]}
+        rows.append(ComparisonRow.from_cost(f"{method} ({len(runs)} seeds)", metrics, runs[0]["cost"]["student"]))
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table of the folder named in the arguments."""
+    sys.stdout.write(markdown_table(collect_rows(Path(arguments[0]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
