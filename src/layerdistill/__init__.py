@@ -16,6 +16,7 @@ HOMES = {
     "Recipe": "recipe",
     "run": "runner",
     "RunResult": "runner",
+    "load_student": "models",
     "make_student": "models",
     "capture": "signals",
     "layer_map": "matching",
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from layerdistill.api import DistillResult, LayerDistillationTrainer, distill
     from layerdistill.core.errors import UserError
     from layerdistill.matching import LayerMap, layer_map
-    from layerdistill.models import make_student
+    from layerdistill.models import load_student, make_student
     from layerdistill.recipe import Recipe, load_recipe
     from layerdistill.runner import RunResult, run
     from layerdistill.signals import capture

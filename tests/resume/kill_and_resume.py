@@ -57,7 +57,7 @@ def kill_in_a_save(child: int, folder: Path, number: int, patience: float) -> st
     seen: set[str] = set()
     ends = time.monotonic() + patience
     while time.monotonic() < ends:
-        found = {str(path) for path in folder.rglob(".partial-*") if path.is_dir()}
+        found = unfinished(folder)
         seen |= found
         if len(seen) >= number and found:
             os.kill(child, signal.SIGKILL)
@@ -66,6 +66,14 @@ def kill_in_a_save(child: int, folder: Path, number: int, patience: float) -> st
             return f"in a save, leaving {left}"
         time.sleep(0.0005)
     return kill_after(child, 0.0)
+
+
+def unfinished(folder: Path) -> set[str]:
+    """The unfinished folders that lie there now."""
+    try:
+        return {str(path) for path in folder.rglob(".partial-*") if path.is_dir()}
+    except FileNotFoundError:  # a folder was renamed or deleted under the walk
+        return set()
 
 
 def student_hash(folder: Path) -> str:

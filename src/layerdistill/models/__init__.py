@@ -3,7 +3,7 @@
 from layerdistill.models.config import StudentConfig, TeacherConfig
 from layerdistill.models.count import count_parameters
 from layerdistill.models.fields import depths_from_config, widths_from_config
-from layerdistill.models.load import LoadedModel, load_config, load_model, load_tokenizer
+from layerdistill.models.load import LoadedModel, load_config, load_model, load_student, load_tokenizer
 from layerdistill.models.locate import resolve_model_source
 from layerdistill.models.new import new_config, new_model
 from layerdistill.models.shrink import block_sources, shrink_config
@@ -26,6 +26,7 @@ __all__ = [
     "find_stacks",
     "load_config",
     "load_model",
+    "load_student",
     "load_tokenizer",
     "make_student",
     "new_config",

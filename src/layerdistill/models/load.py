@@ -106,6 +106,23 @@ def load_model(
     return LoadedModel(model.eval(), fresh, source)
 
 
+def load_student(folder: str | Path) -> PreTrainedModel:
+    """Return the student of a run folder, or of a folder that holds a model, in eval mode with its own head.
+
+    Raises UserError when there is no model, or one of a class that transformers does not have.
+    """
+    place = Path(folder)
+    place = place / "student" if (place / "student").is_dir() else place
+    config = load_config(resolve_model_source(str(place)))
+    check_weights(place)
+    name = next(iter(config.architectures or ()), None)
+    model_class = getattr(transformers, name, None) if name else None
+    if model_class is None:
+        raise UserError(f"{place / 'config.json'} names the class {name!r}, which transformers does not have.")
+    with _explained("the student", str(place)), _quiet():
+        return model_class.from_pretrained(place, use_safetensors=True, local_files_only=True).eval()
+
+
 def check_weights(folder: Path) -> None:
     """Raise UserError unless `folder` holds whole safetensors files; only their headers are read."""
     index = folder / "model.safetensors.index.json"
