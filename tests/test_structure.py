@@ -18,13 +18,14 @@ RANKS = {
     "methods": 3, "evaluate": 3, "diagnose": 3, "train": 3,
     "recipe": 5,
     "prepare": 6,
-    "finetune": 7,
-    "runner": 8, "plan": 8, "api": 8,
-    "study": 9,
-    "report": 10,
-    "demo": 11,
-    "cli": 12,
-    "__init__": 13, "__main__": 13,
+    "finetune": 7, "run_folder": 7,
+    "measurement": 8,
+    "runner": 9, "plan": 9, "api": 9,
+    "study": 10,
+    "report": 11,
+    "demo": 12,
+    "cli": 13,
+    "__init__": 14, "__main__": 14,
 }  # fmt: skip
 """A module may import modules of lower rank, and of its own package."""
 

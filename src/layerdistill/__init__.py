@@ -15,7 +15,7 @@ HOMES = {
     "load_recipe": "recipe",
     "Recipe": "recipe",
     "run": "runner",
-    "RunResult": "runner",
+    "RunResult": "run_folder",
     "load_student": "models",
     "make_student": "models",
     "capture": "signals",
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from layerdistill.matching import LayerMap, layer_map
     from layerdistill.models import load_student, make_student
     from layerdistill.recipe import Recipe, load_recipe
-    from layerdistill.runner import RunResult, run
+    from layerdistill.run_folder import RunResult
+    from layerdistill.runner import run
     from layerdistill.signals import capture
     from layerdistill.train.config import LayerDistillationConfig
 

@@ -61,8 +61,8 @@ def evaluate(
     set_: Overrides = None,
 ) -> None:
     """Measure a model on a recipe's data: metrics and cost, as JSON."""
+    from layerdistill.measurement import evaluate_folder
     from layerdistill.recipe import load_recipe
-    from layerdistill.runner import evaluate_folder
 
     console.print_json(json.dumps(evaluate_folder(model, load_recipe(recipe, set_))))
 

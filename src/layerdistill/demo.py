@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from layerdistill.report.comparison import ComparisonRow, comparison_figure, comparison_table
-from layerdistill.runner import RunResult, run
+from layerdistill.run_folder import RunResult
+from layerdistill.runner import run
 
 METHODS = ("none", "kd", "ild", "cka")
 STEPS = 240

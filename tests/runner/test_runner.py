@@ -22,9 +22,11 @@ from toy_recipe import toy_recipe, toy_tokenizer, write_teacher
 
 from layerdistill import runner
 from layerdistill.core.errors import UserError
+from layerdistill.measurement import evaluate_folder
 from layerdistill.prepare import prepare
 from layerdistill.recipe import load_recipe
-from layerdistill.runner import RunResult, evaluate_folder, lock, run
+from layerdistill.run_folder import RunResult, lock
+from layerdistill.runner import run
 
 QUIET = Console(quiet=True)
 METHODS = dict(zip(TASKS, ("cka", "ild", "kd", "ild", "cka"), strict=True))

@@ -15,8 +15,10 @@ from toy_recipe import toy_recipe, write_data, write_teacher
 from layerdistill import finetune
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Stage
+from layerdistill.measurement import evaluate_folder
+from layerdistill.prepare import prepare
 from layerdistill.recipe import load_recipe
-from layerdistill.runner import evaluate_folder, run
+from layerdistill.runner import run
 from layerdistill.train.stage import StageInput
 from layerdistill.train.trainer import StageTrainer
 
@@ -95,27 +97,31 @@ def test_the_original_is_left_alone_and_the_kept_one_has_learned(tmp_path: Path,
     assert {line["stage"] for line in lines} == {"distill"}, "the run's own log is of its own training"
 
 
+def name_of(recipe: dict[str, Any], *overrides: str) -> str:
+    """The name of the folder in which a recipe's teacher would be kept."""
+    prepared = prepare(load_recipe(recipe, list(overrides)))
+    assert prepared.recipe.teacher is not None
+    return finetune.teacher_fingerprint(prepared, finetune.starting_model(prepared, prepared.recipe.teacher))
+
+
 def test_whatever_makes_another_teacher_gets_another_folder(tmp_path: Path, home: Path, trainings: Trainings) -> None:
     recipe = tuned_recipe(tmp_path)
     run(recipe, console=QUIET)
-    for what in ("arguments", "seed", "length", "data", "weights"):
-        output = tmp_path / what
-        overrides = {"arguments": "learning_rate=1e-3", "seed": "seed=3"}
-        given = [f"teacher.finetune.{overrides[what]}"] if what in overrides else []
-        if what == "length":
-            given = ["data.max_length=6"]
-        elif what == "data":
-            write_data(tmp_path / "data", seed=5)
-        elif what == "weights":
-            write_teacher(tmp_path / "teacher", seed=6)
-        before = kept(home)
-        run(recipe, [*given, f"output={output}"], console=QUIET)
-        new = set(kept(home)) - set(before)
-        assert len(new) == 1, what
-    default = finetune.DEFAULT_SEED
-    assert trainings.seeds == [default, default, 3, default, default, default]
-    weights = {(folder / "model.safetensors").read_bytes() for folder in kept(home)}
-    assert len(weights) == 6, "and each is another model"
+    names = [name_of(recipe)]
+    assert kept(home) == [home / names[0]]
+    assert name_of(recipe, "training.learning_rate=1", "student.num_blocks=1", "evaluation.cost=true") == names[0]
+    names.append(name_of(recipe, "teacher.finetune.learning_rate=1e-3"))
+    names.append(name_of(recipe, "teacher.finetune.seed=3"))
+    names.append(name_of(recipe, "data.max_length=6"))
+    names.append(name_of(recipe, "data.padding=max_length"))
+    write_data(tmp_path / "data", seed=5)
+    names.append(name_of(recipe))
+    write_teacher(tmp_path / "teacher", seed=6)
+    names.append(name_of(recipe))
+    assert len(set(names)) == 7
+    run(recipe, ["teacher.finetune.seed=3", f"output={tmp_path / 'other'}"], console=QUIET)
+    assert trainings.seeds == [finetune.DEFAULT_SEED, 3]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in kept(home)}) == 2
 
 
 def test_what_the_teacher_is_run_in_does_not_make_another(tmp_path: Path, home: Path, trainings: Trainings) -> None:

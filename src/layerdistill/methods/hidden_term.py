@@ -69,11 +69,14 @@ class HiddenTerm(nn.Module):
         assert teacher is not None, "the trainer runs the teacher because needs() asks for its layers"
         means = {}
         for layer, targets in self.groups(progress):
-            ours = student.hidden[layer]
-            if self.projections:
-                ours = self.projections[layer.stack or "only"](layer, ours)
+            ours, mask = student.hidden[layer], student.masks[layer.stack]
             theirs = average_states([teacher.hidden[target] for target in targets])
-            means[pair_name(layer, targets)] = self.distance(ours, theirs, student.masks[layer.stack])
+            if self.projections:
+                # Only real tokens enter the map: padding's gradient of 0 times a NaN in its state would be NaN.
+                kept = mask.bool()
+                ours = self.projections[layer.stack or "only"](layer, ours[kept])
+                theirs, mask = theirs[kept], mask[kept]
+            means[pair_name(layer, targets)] = self.distance(ours, theirs, mask)
         return means
 
 

@@ -93,7 +93,7 @@ class LogitsTerm(nn.Module):
         if self.task == "causal-lm":
             mask = next_token_labels(batch["labels"]) != IGNORED
         if self.loss == "mse":
-            return {self.name: logit_mse(ours, theirs, mask)}
+            return {self.name: logit_mse(ours, theirs, mask, vocab_size=self.vocab_size)}
         if self.loss == "binary_kl":
             return {self.name: binary_kl(ours, theirs, temperature=self.temperature)}
         distance = CATEGORICAL[self.loss]

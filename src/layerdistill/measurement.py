@@ -1,0 +1,74 @@
+"""How good a recipe's models are on its data, and what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerdistill.core.errors import UserError
+from layerdistill.evaluate import evaluate_model, measure_costs, save_predictions
+from layerdistill.finetune import open_model
+from layerdistill.models import resolve_model_source
+from layerdistill.prepare import Prepared, prepare
+from layerdistill.recipe import Recipe
+from layerdistill.run_folder import STUDENT_FOLDER
+
+
+def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | None) -> dict[str, Any]:
+    """Return metrics on the test split (else validation) and cost of each model; predictions go into `folder`."""
+    section, data = prepared.recipe.evaluation, prepared.recipe.data
+    split = "test" if "test" in prepared.datasets else "validation"
+    result: dict[str, Any] = {"split": split}
+    for name, model in models.items():
+        if split not in prepared.datasets or (name == "teacher" and not reads_the_data(prepared)):
+            result[name] = {}
+            continue
+        found = evaluate_model(
+            model,
+            prepared.datasets[split],
+            prepared.collator,
+            data.task,
+            section.metrics_for(data.task),
+            section.batch_size,
+        )
+        result[name] = found.metrics
+        if found.undefined:
+            result.setdefault("undefined", {})[name] = found.undefined
+        if folder is not None:
+            file = "predictions.parquet" if name == "student" else f"predictions-{name}.parquet"
+            save_predictions(found.predictions, folder / file)
+    if section.cost:
+        folders = {name: folder_of(model) for name, model in models.items()}
+        if folder is not None:
+            folders["student"] = folder / STUDENT_FOLDER
+        result["cost"] = measure_costs(models, section.seq_for(data.max_length), section, folders)
+    return result
+
+
+def folder_of(model: Any) -> Path | None:
+    """Return the folder that a model was loaded from, None for one from the hub or made here."""
+    return Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
+
+
+def reads_the_data(prepared: Prepared) -> bool:
+    """Whether the teacher knows the data's token ids: they are the student's, which may have a tokenizer of its own."""
+    return prepared.vocabulary is None or prepared.vocabulary.identical
+
+
+def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
+    """Return metrics and cost of a run's student, a model folder or a hub id on a recipe's data.
+
+    Raises UserError when the model's outputs do not fit the data's labels.
+    """
+    prepared = prepare(recipe)
+    folder = Path(model)
+    source = str(folder / STUDENT_FOLDER) if (folder / STUDENT_FOLDER).is_dir() else resolve_model_source(model, None)
+    loaded = open_model(prepared, source, recipe.student, recipe.student.dtype)
+    if loaded.fresh_keys and recipe.data.task != "causal-lm":
+        raise UserError(
+            f"{source} has no trained head for this recipe's task and labels (new weights: "
+            f"{', '.join(loaded.fresh_keys[:4])}). Give a model trained on the same task, or the recipe it belongs to."
+        )
+    return measure(prepared, {"model": loaded.model}, None)

@@ -1,0 +1,124 @@
+"""The folder of a run: who holds it, which recipe it belongs to, what it says when it is finished."""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.files import explained_disk_errors, read_json, sweep_partials, write_json, write_text
+from layerdistill.prepare import Prepared
+from layerdistill.recipe import Recipe, dump_recipe
+
+RECIPE_FILE, EVALUATION_FILE, STUDENT_FOLDER = "recipe.yaml", "evaluation.json", "student"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, the metrics of the student and the teacher, and their cost."""
+
+    folder: Path
+    metrics: dict[str, float | None]
+    teacher_metrics: dict[str, float | None]
+    cost: dict[str, Any]
+
+    @property
+    def student(self) -> Path:
+        """The folder that plain transformers opens."""
+        return self.folder / STUDENT_FOLDER
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this command; a second command on the same folder is refused."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    with explained_disk_errors("The run folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another command is working in {folder}. Wait for it, or choose another output.") from None
+        yield
+
+
+def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raise UserError when the folder holds a run of another recipe, naming the keys that differ."""
+    path = folder / RECIPE_FILE
+    if not path.exists():
+        return
+    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = flatten(yaml.safe_load(dump_recipe(recipe)))
+    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key != "output")
+    if differ:
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:5])
+        raise UserError(
+            f"{folder} holds a run of another recipe ({shown}). Choose another output (--set output=FOLDER), or give "
+            "--again to delete that run and start anew."
+        )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one mapping from dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in flatten(inner, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+def forget(folder: Path) -> None:
+    """Delete what an earlier run left in the folder; nothing but a run's own files is touched."""
+    if PartialState().is_main_process:
+        for name in (RECIPE_FILE, EVALUATION_FILE, "environment.json", "decisions.json", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("predictions*.parquet"):
+            path.unlink()
+        for name in (STUDENT_FOLDER, "checkpoints", "helpers"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    PartialState().wait_for_everyone()
+
+
+def record_start(folder: Path, recipe: Recipe, prepared: Prepared) -> None:
+    """Write the complete recipe and the environment it runs in."""
+    if not PartialState().is_main_process:
+        return
+    sweep_partials(folder)
+    with explained_disk_errors("The run folder", folder):
+        write_text(folder / RECIPE_FILE, dump_recipe(recipe))
+        packages = ("layerdistill", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in packages},
+            "threads": torch.get_num_threads(),
+            "device": str(PartialState().device),
+            "processes": PartialState().num_processes,
+            "examples": {name: len(split) for name, split in prepared.datasets.items()},
+            "seed": recipe.seed,
+        }
+        write_json(folder / "environment.json", environment)
+
+
+def read_result(folder: Path) -> RunResult:
+    """Read a finished run back."""
+    found = read_json(folder / EVALUATION_FILE)
+    return RunResult(folder, found.get("student", {}), found.get("teacher", {}), found.get("cost", {}))
