@@ -180,6 +180,10 @@ def distill(
     config = method_config(method, method_options)
     if processing_class is None:
         raise UserError("processing_class is missing: pass the tokenizer, which says how batches are padded.")
+    if eval_dataset is not None and not isinstance(eval_dataset, Dataset):
+        raise UserError(
+            f"eval_dataset is a {type(eval_dataset).__name__}: pass a datasets.Dataset (Dataset.from_list)."
+        )
     with tempfile.TemporaryDirectory(prefix="layerdistill-") as temporary:
         folder = Path(str(args.output_dir)) if args is not None else Path(temporary)
         seed = args.seed if args is not None else 42

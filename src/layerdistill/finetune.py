@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
+from layerdistill.core.processes import agreed, held
 from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset, padding_id
 from layerdistill.methods.task_term import TaskTerm
@@ -24,6 +26,9 @@ from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_mode
 from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
+
+NAMES_ONLY = ("_name_or_path", "name_or_path", "transformers_version")
+"""What a config says that changes nothing about the model."""
 
 DEFAULT_SEED = 42
 """The teacher's seed where `teacher.finetune` has none: not the recipe's, so that all seeds of a study share it."""
@@ -52,9 +57,12 @@ def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], c
     start = starting_model(prepared, section)
     name = teacher_fingerprint(prepared, start)
     folder = kept_teachers() / name
-    if not folder.exists():
-        console.print(f"Training the teacher ({section.name}) on the task; it is kept in {folder} and reused.")
-        make_teacher(prepared, start, folder, make_input)
+    # Runs of other methods or seeds want the same teacher: the second one waits, and finds it made.
+    with held(folder.with_name(f"{name}.lock"), "The fine-tuned teacher", wait=True):
+        PartialState().wait_for_everyone()
+        if not agreed(folder.exists()):
+            console.print(f"Training the teacher ({section.name}) on the task; it is kept in {folder} and reused.")
+            make_teacher(prepared, start, folder, make_input)
     return open_model(prepared, str(folder), section, section.dtype).model
 
 
@@ -98,12 +106,14 @@ def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
         )
 
 
-def teacher_fingerprint(prepared: Prepared, model: nn.Module) -> str:
+def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
     """Return what identifies a fine-tuned teacher: first weights, tokenised training data, arguments, versions."""
     assert prepared.recipe.teacher is not None
     return fingerprint_json(
         {
             "weights": fingerprint_model(model),
+            "config": {key: value for key, value in model.config.to_dict().items() if key not in NAMES_ONLY},
+            "processes": PartialState().num_processes,
             "data": fingerprint_dataset(prepared.datasets["train"]),
             "task": prepared.recipe.data.task,
             "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
@@ -123,6 +133,7 @@ def make_teacher(prepared: Prepared, model: nn.Module, folder: Path, make_input:
     run_stage(stage, given, teacher=None)
     if PartialState().is_main_process:
         keep_teacher(prepared, model, folder)
+        shutil.rmtree(work, ignore_errors=True)
     PartialState().wait_for_everyone()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
 from layerdistill.core.errors import UserError
@@ -32,6 +33,7 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
             data.task,
             section.metrics_for(data.task),
             section.batch_size,
+            PartialState().device,
         )
         result[name] = found.metrics
         if found.undefined:
@@ -43,7 +45,9 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
         folders = {name: folder_of(model) for name, model in models.items()}
         if folder is not None:
             folders["student"] = folder / STUDENT_FOLDER
-        result["cost"] = measure_costs(models, section.seq_for(data.max_length), section, folders)
+        result["cost"] = measure_costs(
+            models, section.seq_for(data.max_length), section, folders, PartialState().device
+        )
     return result
 
 

@@ -123,16 +123,22 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         teacher_config = problems.attempt(new_config, recipe.teacher.architecture, len(tokenizer))
     if student_config is None and teacher_config is not None and not recipe.student.model:
         student_config = problems.attempt(shrink_config, teacher_config, **shape_of(recipe))
-    teacher_tokenizer = problems.attempt(open_tokenizer, teacher_source) if student_source and teacher_source else None
     problems.stop()
     assert splits is not None and labels is not None and student_config is not None and tokenizer is not None
 
     vocabulary = None
     if teacher_config is not None:
         rows = teacher_config.vocab_size, student_config.vocab_size
-        vocabulary = compare_vocabularies(teacher_tokenizer or tokenizer, tokenizer, *rows)
+        vocabulary = compare_vocabularies(own_tokenizer(teacher_source, tokenizer), tokenizer, *rows)
     pair = pair_without_models(recipe, teacher_config, student_config, vocabulary)
     problems.found += head_problems(recipe, teacher_config, labels)
+    if recipe.data.tokenizer is not None and student_source is not None:
+        rows = student_config.vocab_size, student_config.vocab_size
+        own = compare_vocabularies(own_tokenizer(student_source, tokenizer), tokenizer, *rows)
+        if not own.identical:
+            problems.found.append(
+                f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."
+            )
     if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
         problems.found.append(
             f"Teacher and student do not share a vocabulary ({vocabulary.reason}), so their inputs differ and neither "
@@ -152,6 +158,14 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         make_collator(recipe, tokenizer), vocabulary, pair,
         build_arguments(recipe.training, recipe.output, recipe.seed),
     )  # fmt: skip
+
+
+def own_tokenizer(source: str | None, fallback: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies with a model, or `fallback` for a model that brings none."""
+    try:
+        return open_tokenizer(source) if source is not None else fallback
+    except UserError:
+        return fallback
 
 
 def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collator:

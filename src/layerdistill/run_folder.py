@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import platform
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +15,15 @@ import yaml
 from accelerate import PartialState
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.files import explained_disk_errors, read_json, sweep_partials, write_json, write_text
+from layerdistill.core.files import (
+    PARTIAL_PREFIX,
+    explained_disk_errors,
+    read_json,
+    sweep_partials,
+    write_json,
+    write_text,
+)
+from layerdistill.core.processes import held
 from layerdistill.prepare import Prepared
 from layerdistill.recipe import Recipe, dump_recipe
 
@@ -40,21 +45,9 @@ class RunResult:
         return self.folder / STUDENT_FOLDER
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> AbstractContextManager[None]:
     """Hold the run folder for this command; a second command on the same folder is refused."""
-    if not PartialState().is_main_process:
-        yield
-        return
-    with explained_disk_errors("The run folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("w")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another command is working in {folder}. Wait for it, or choose another output.") from None
-        yield
+    return held(folder / ".lock", "The run folder", wait=False)
 
 
 def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
@@ -87,12 +80,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def forget(folder: Path) -> None:
     """Delete what an earlier run left in the folder; nothing but a run's own files is touched."""
     if PartialState().is_main_process:
-        for name in (RECIPE_FILE, EVALUATION_FILE, "environment.json", "decisions.json", "metrics.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+        # A kill in here must not leave a student or a checkpoint that the next run takes for its own.
+        for name in (STUDENT_FOLDER, "checkpoints", "helpers"):
+            if (folder / name).exists():
+                (folder / name).rename(folder / f"{PARTIAL_PREFIX}old-{name}")
         for path in folder.glob("predictions*.parquet"):
             path.unlink()
-        for name in (STUDENT_FOLDER, "checkpoints", "helpers"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (EVALUATION_FILE, "environment.json", "decisions.json", "metrics.jsonl", RECIPE_FILE):
+            (folder / name).unlink(missing_ok=True)
+        sweep_partials(folder)
     PartialState().wait_for_everyone()
 
 

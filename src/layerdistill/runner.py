@@ -13,6 +13,7 @@ from torch import nn
 
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.types import Pair
+from layerdistill.evaluate import metrics_in_training
 from layerdistill.finetune import load_teacher, open_model
 from layerdistill.measurement import measure
 from layerdistill.models import make_student
@@ -55,7 +56,7 @@ def run(
             if (folder / EVALUATION_FILE).exists():
                 console.print(f"{folder} is finished; it is not run again (--again does).")
                 return read_result(folder)
-        prepared = prepare(recipe)
+        prepared = prepare(recipe, memory)
         teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
         pair = replace(prepared.pair, teacher=teacher, student=load_student_model(prepared, teacher))
         # Only now nothing of the recipe can be wrong any more, and what an earlier run left may go.
@@ -97,6 +98,8 @@ def load_student_model(prepared: Prepared, teacher: nn.Module | None) -> nn.Modu
         return open_model(prepared, prepared.student_source, section, section.dtype).model
     assert teacher is not None, "prepare() has seen to it"
     student = make_student(teacher, **shape_of(prepared.recipe))
+    if section.attn_implementation is not None:
+        student.set_attn_implementation(section.attn_implementation)
     return student if section.dtype == "auto" else student.to(getattr(torch, section.dtype))
 
 
@@ -112,4 +115,5 @@ def stage_input(prepared: Prepared, folder: Path, console: Console) -> StageInpu
         recipe.seed,
         folder,
         console,
+        metrics_in_training(recipe.data.task, recipe.evaluation.metrics_for(recipe.data.task)),
     )

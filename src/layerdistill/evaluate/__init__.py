@@ -10,6 +10,7 @@ HOMES = {
     "metric_problems": "config",
     "EvaluationResult": "evaluator",
     "evaluate_model": "evaluator",
+    "metrics_in_training": "evaluator",
     "compute_metrics": "metrics",
     "save_predictions": "predictions",
     "measure_cost": "cost",
@@ -25,13 +26,14 @@ __all__ = [
     "measure_cost",
     "measure_costs",
     "metric_problems",
+    "metrics_in_training",
     "save_predictions",
 ]
 
 if TYPE_CHECKING:
     from layerdistill.evaluate.config import EvaluationConfig, metric_problems
     from layerdistill.evaluate.cost import measure_cost, measure_costs
-    from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model
+    from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training
     from layerdistill.evaluate.metrics import compute_metrics
     from layerdistill.evaluate.predictions import save_predictions
 

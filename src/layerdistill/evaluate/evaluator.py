@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import EvalPrediction
 
 from layerdistill.core.errors import UserError
 from layerdistill.evaluate.config import metric_problems
@@ -78,6 +79,25 @@ def evaluate_model(
             table = LABELLED_TABLES[task](example_ids, rows[_label_column(rows)][:], logits)
     values, undefined = compute_metrics(metrics, task, table)
     return EvaluationResult(values, table, undefined)
+
+
+def metrics_in_training(task: str, names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    """Return what transformers' Trainer calls as `compute_metrics`; None for language models, which report their loss.
+
+    Metrics that are undefined on an evaluation are left out of its log line.
+    """
+    if task == "causal-lm":
+        return None
+
+    def compute(given: EvalPrediction) -> dict[str, float]:
+        logits, labels = np.asarray(given.predictions), np.asarray(given.label_ids)
+        if task == "multi-label-classification":
+            labels = labels.astype(np.int64)
+        table = LABELLED_TABLES[task](range(len(logits)), labels.tolist(), logits)
+        values, _ = compute_metrics(names, task, table)
+        return {name: value for name, value in values.items() if value is not None}
+
+    return compute
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
+
+
+class _Sum(torch.autograd.Function):
+    """torch.distributed.nn.functional.all_reduce does the same, but is deprecated and warns at every step."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    whole = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole)
+    return whole
 
 
 def differentiable_sum() -> Callable[[Tensor], Tensor] | None:
@@ -16,5 +35,5 @@ def differentiable_sum() -> Callable[[Tensor], Tensor] | None:
     DistributedDataParallel averages the processes' gradients, so the result is the gradient of one global batch.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return all_reduce
+        return _Sum.apply
     return None

@@ -30,13 +30,18 @@ class LayerDistillationConfig(TrainingArguments):
 
 
 RESERVED = {
-    "output_dir": "the recipe's `output`",
-    "seed": "the recipe's `seed`",
-    "data_seed": "the recipe's `seed`",
-    "resume_from_checkpoint": "nothing: the same command resumes by itself",
-    "remove_unused_columns": "nothing: columns are chosen by the data section",
+    "output_dir": "the recipe's `output` decides it",
+    "seed": "the recipe's `seed` decides it",
+    "data_seed": "the recipe's `seed` decides it",
+    "resume_from_checkpoint": "the same command resumes by itself",
+    "remove_unused_columns": "the data section decides which columns there are",
+    "save_only_model": "a run must be able to go on from its checkpoints",
+    "ignore_data_skip": "a resumed run sees the data that it has not seen",
+    "label_smoothing_factor": "the task term is the loss on the labels, and a teacher smooths them anyway",
+    "neftune_noise_alpha": "noise on the student's embeddings would be matched with the teacher's states",
+    "use_liger_kernel": "it changes the model's own loss, which is not used here",
 }
-"""TrainingArguments that another part of a recipe decides, and which part."""
+"""TrainingArguments that a recipe may not set, and why."""
 
 
 def field_names() -> list[str]:
@@ -54,4 +59,7 @@ def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> Lay
     if not torch.accelerator.is_available():
         ours["use_cpu"] = True
         training = {"dataloader_pin_memory": False, **training}
-    return LayerDistillationConfig(**{**training, **ours})
+    arguments = LayerDistillationConfig(**{**training, **ours})
+    if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
+        arguments.save_total_limit = 2  # transformers would delete the newest checkpoint when it is not the best
+    return arguments

@@ -46,6 +46,14 @@ class Interruption(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Undo what transformers does at the end of an epoch: stopping in its middle is not its end.
+
+        An evaluation there would move the random state, and a second save would put it into the checkpoint.
+        """
+        if self.asked:
+            control.should_log = control.should_evaluate = control.should_save = False
+
     def anyone_asked(self) -> bool:
         """Whether a signal reached any process; signals arrive at different steps, so the processes must agree."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):

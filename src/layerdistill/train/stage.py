@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
-from layerdistill.core.errors import Interrupted
+from layerdistill.core.errors import Interrupted, UserError
 from layerdistill.core.files import explained_disk_errors, sweep_partials, whole_folder
+from layerdistill.core.processes import agreed
 from layerdistill.core.types import Stage
 from layerdistill.signals import TeacherSource
 from layerdistill.train.composite import Composite
@@ -53,31 +54,35 @@ def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) ->
     """
     folder = given.folder / "checkpoints" / stage.name
     finished = folder / FINISHED
-    if finished.exists():
+    if agreed(finished.exists()):
         load_stage(Composite(stage.student, stage.terms), finished)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep_partials(folder)
+    with explained_disk_errors("The run's checkpoints", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if PartialState().is_main_process:
+        sweep_partials(folder)
     trainer, interruption, bar = make_trainer(stage, given, teacher, folder)
-    newest = get_last_checkpoint(str(folder))
+    newest = newest_checkpoint(folder)
     try:
         with interruption.listening():
-            if newest is not None and is_at_end(Path(newest)):
-                load_stage(trainer.composite, best_or(Path(newest), trainer.args.load_best_model_at_end))
+            if newest is not None and is_at_end(newest):
+                load_stage(trainer.composite, best_or(newest, trainer.args.load_best_model_at_end))
             else:
-                trainer.train(resume_from_checkpoint=newest)
+                trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
+                refuse_no_step(trainer, given, interruption)
     finally:
         bar.close()
     if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps} of stage {stage.name!r}; "
-            f"the state is saved in {folder}. Give the same command again to go on."
+            f"the state is saved in {newest_checkpoint(folder)}. Give the same command again to go on."
         )
     if trainer.is_world_process_zero():
         with explained_disk_errors("The finished stage", finished), whole_folder(finished) as partial:
             trainer._save(str(partial))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+    stage.student.eval()
 
 
 def make_trainer(
@@ -87,10 +92,11 @@ def make_trainer(
     interruption = Interruption()
     bar = ProgressBar(stage.name, given.console)
     columns = ["input_ids", "attention_mask", "token_type_ids", "labels", "label", "length"]
+    arguments = stage_arguments(given, stage, folder)
     trainer = StageTrainer(
         stage,
         given.task,
-        stage_arguments(given, stage, folder),
+        arguments,
         as_columns(given.datasets["train"], columns),
         teacher,
         eval_dataset=as_columns(given.datasets.get("validation"), columns),
@@ -113,6 +119,22 @@ def stage_arguments(given: StageInput, stage: Stage, folder: Path) -> TrainingAr
     for name, value in {**changes, "output_dir": str(folder)}.items():
         setattr(arguments, name, value)
     return arguments
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint of the highest step, passing over any that a kill left half deleted."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def refuse_no_step(trainer: StageTrainer, given: StageInput, interruption: Interruption) -> None:
+    """Raise UserError when training ended without a single step, which transformers only warns of."""
+    if trainer.state.global_step == 0 and not interruption.asked:
+        raise UserError(
+            f"Not one step was trained: {len(given.datasets['train'])} examples do not fill a batch of "
+            f"{trainer.args.per_device_train_batch_size}, and training.dataloader_drop_last drops what does not. Take "
+            "a smaller batch, or leave dataloader_drop_last out."
+        )
 
 
 def is_at_end(checkpoint: Path) -> bool:

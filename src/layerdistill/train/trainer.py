@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, load_model, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,6 +24,7 @@ from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, repla
 from layerdistill.core.types import Batch, Progress, Stage
 from layerdistill.matching.task_loss import task_loss
 from layerdistill.signals import TeacherSource, student_signal
+from layerdistill.train.arguments import explained_arguments
 from layerdistill.train.composite import Composite, needs_of, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS
 from layerdistill.train.sampler import EpochSampler
@@ -29,7 +32,6 @@ from layerdistill.train.term_log import TermLog
 from layerdistill.train.units import count_of, sum_units
 
 HELPERS_FILE = "helpers.safetensors"
-WEIGHTS_FILE = "model.safetensors"
 
 
 class StageTrainer(Trainer):
@@ -56,6 +58,8 @@ class StageTrainer(Trainer):
         self.step_counts: Tensor | None = None
         self.epoch_sampler: EpochSampler | None = None
         self.partial_folder: Path | None = None
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
         gradient_steps = getattr(args, "term_gradient_steps", TERM_GRADIENT_STEPS)
         self.term_log = TermLog(stage.terms, gradient_steps)
@@ -134,6 +138,16 @@ class StageTrainer(Trainer):
             logs.update(self.term_log.take(self.accelerator, self.state.global_step))
         super().log(logs, start_time)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer; one that is not installed is the user's mistake."""
+        with explained_arguments():
+            return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the learning-rate schedule; one that lacks its arguments is the user's mistake."""
+        with explained_arguments():
+            return super().create_scheduler(num_training_steps, optimizer)
+
     # Data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -185,6 +199,7 @@ class StageTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                self._name_best(root, name)
                 if self.is_world_process_zero():
                     self._finish_checkpoint(self.partial_folder / name, root / name)
         finally:
@@ -193,11 +208,14 @@ class StageTrainer(Trainer):
             self.partial_folder = None
         self.accelerator.wait_for_everyone()
 
+    def _name_best(self, root: Path, newest: str) -> None:
+        """Say where the best checkpoint lies, on every process: transformers has seen the partial folder only."""
+        best = root / f"checkpoint-{self.state.best_global_step}"
+        known = self.state.best_global_step and (best.name == newest or best.exists())
+        self.state.best_model_checkpoint = str(best) if known else None
+
     def _finish_checkpoint(self, written: Path, target: Path) -> None:
-        if self.state.best_global_step:
-            best = target.parent / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         sync_folder(written)
         replace_folder(written, target)
         limit, best_checkpoint = self.args.save_total_limit, self.state.best_model_checkpoint
@@ -223,28 +241,44 @@ class StageTrainer(Trainer):
 
 def save_student(student: Any, folder: Path, tokenizer: Any = None) -> None:
     """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer."""
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
+    with hidden_bars():
         student.save_pretrained(folder)
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def load_stage(composite: Composite, folder: Path) -> None:
-    """Read a student and its helpers back into the modules they came from; raises UserError when files do not fit."""
+    """Read a student and its helpers back into the modules they came from; raises UserError when files do not fit.
+
+    The student is opened as transformers opens it, because some architectures are saved under other names than their
+    modules have (GPT-NeoX's head, the experts of a mixture).
+    """
+    student = composite.student
     try:
-        load_model(composite.student, folder / WEIGHTS_FILE, strict=True)
+        with hidden_bars():
+            saved = type(student).from_pretrained(
+                folder, dtype=student.dtype, use_safetensors=True, local_files_only=True
+            )
+        student.load_state_dict(saved.state_dict())
         if (folder / HELPERS_FILE).exists():
             composite.terms.load_state_dict(load_file(folder / HELPERS_FILE))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"The checkpoint {folder} cannot be read ({error}). Delete that folder and give the same command again: "
             "training goes on from the checkpoint before it, or from the start."
         ) from error
+
+
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Keep transformers' bars for reading and writing files off the terminal."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def as_columns(dataset: Any, columns: Sequence[str]) -> Any:

@@ -1,0 +1,38 @@
+"""Several processes that train one model must take the same decisions."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.files import explained_disk_errors
+
+
+def agreed(value: bool) -> bool:
+    """Return the main process's value on every process; what one of them sees on the disk, another may see later."""
+    return bool(broadcast_object_list([value])[0]) if PartialState().num_processes > 1 else value
+
+
+@contextmanager
+def held(path: Path, what: str, wait: bool) -> Iterator[None]:
+    """Hold a lock file in the main process; a second command waits for it, or gets a UserError that names `what`."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    with explained_disk_errors(what, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                f"Another command is working in {path.parent}. Wait for it, or choose another output."
+            ) from None
+        yield
