@@ -62,6 +62,7 @@ def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) ->
     if PartialState().is_main_process:
         sweep_partials(folder)
     trainer, interruption, bar = make_trainer(stage, given, teacher, folder)
+    refuse_no_batch(trainer.args, len(given.datasets["train"]))
     newest = newest_checkpoint(folder)
     try:
         with interruption.listening():
@@ -69,7 +70,6 @@ def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) ->
                 load_stage(trainer.composite, best_or(newest, trainer.args.load_best_model_at_end))
             else:
                 trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
-                refuse_no_step(trainer, given, interruption)
     finally:
         bar.close()
     if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
@@ -127,13 +127,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def refuse_no_step(trainer: StageTrainer, given: StageInput, interruption: Interruption) -> None:
-    """Raise UserError when training ended without a single step, which transformers only warns of."""
-    if trainer.state.global_step == 0 and not interruption.asked:
+def refuse_no_batch(arguments: TrainingArguments, examples: int) -> None:
+    """Raise UserError when not one batch is full and batches that are not full are dropped."""
+    needed = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and examples < needed:
         raise UserError(
-            f"Not one step was trained: {len(given.datasets['train'])} examples do not fill a batch of "
-            f"{trainer.args.per_device_train_batch_size}, and training.dataloader_drop_last drops what does not. Take "
-            "a smaller batch, or leave dataloader_drop_last out."
+            f"Not one step would be trained: {examples} examples do not fill a batch of {needed}, and "
+            "training.dataloader_drop_last drops what does not. Take a smaller batch, or leave dataloader_drop_last out."
         )
 
 
