@@ -133,7 +133,7 @@ def refuse_no_batch(arguments: TrainingArguments, examples: int) -> None:
     if arguments.dataloader_drop_last and examples < needed:
         raise UserError(
             f"Not one step would be trained: {examples} examples do not fill a batch of {needed}, and "
-            "training.dataloader_drop_last drops what does not. Take a smaller batch, or leave dataloader_drop_last out."
+            "training.dataloader_drop_last drops such a batch. Take a smaller one, or leave dataloader_drop_last out."
         )
 
 
