@@ -257,7 +257,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("training.lerning_rate", 1, ["training.lerning_rate", "Did you mean 'learning_rate'?"]),
     ("training.learning_rate", "5e-4", ["training.learning_rate is '5e-4'", "number"]),
     ("training.max_steps", 20.0, ["training.max_steps is 20.0", "integer"]),
-    ("training.seed", 3, ["training.seed cannot be set: it is decided by the recipe's `seed`."]),
+    ("training.seed", 3, ["training.seed cannot be set", "the recipe's `seed`"]),
     ("output", 3, ["output is 3", "string"]),
     ("seed", "x", ["seed is 'x'", "integer"]),
 ]

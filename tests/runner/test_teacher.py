@@ -62,7 +62,7 @@ def tuned_recipe(folder: Path, method: str = "kd", output: str = "run", **change
 
 
 def kept(home: Path) -> list[Path]:
-    return sorted(path for path in home.iterdir() if not path.name.endswith(".work"))
+    return sorted(path for path in home.iterdir() if path.is_dir() and path.suffix != ".work")
 
 
 def test_a_teacher_is_kept_and_reused_by_other_methods_and_seeds(
