@@ -256,3 +256,25 @@ def with_tests_on_path() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def test_mixed_precision_stays_near_float32_and_keeps_float32_weights(tmp_path: Path) -> None:
+    found = []
+    for bf16 in (False, True):
+        student = tiny_model("bert", "sequence-classification", num_layers=2, seed=1)
+        teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=2)
+        args = ld.LayerDistillationConfig(
+            output_dir=str(tmp_path), max_steps=3, logging_steps=1, save_strategy="no", use_cpu=True, bf16=bf16,
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = ld.LayerDistillationTrainer(
+            student, teacher, "cka", args, toy_dataset("sequence-classification"),
+            data_collator=ToyCollator("sequence-classification"),
+        )  # fmt: skip
+        trainer.train()
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+        found.append([line for line in trainer.state.log_history if "loss" in line])
+    for exact, rounded in zip(*found, strict=True):
+        assert exact["distill/task"] != rounded["distill/task"], "autocast must really have been on"
+        for name in (name for name in exact if name.startswith("distill/")):
+            assert rounded[name] == pytest.approx(exact[name], rel=0.05, abs=0.02), name
