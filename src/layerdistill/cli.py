@@ -112,6 +112,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own usage errors
-            print(f"error: {escape(error.format_message())}", file=sys.stderr)
+            if message := error.format_message():
+                print(f"error: {escape(message)}", file=sys.stderr)
             sys.exit(2)
         raise

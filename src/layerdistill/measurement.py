@@ -14,7 +14,7 @@ from layerdistill.finetune import open_model
 from layerdistill.models import resolve_model_source
 from layerdistill.prepare import Prepared, prepare
 from layerdistill.recipe import Recipe
-from layerdistill.run_folder import STUDENT_FOLDER
+from layerdistill.run_folder import RECIPE_FILE, STUDENT_FOLDER
 
 
 def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | None) -> dict[str, Any]:
@@ -68,6 +68,10 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     """
     prepared = prepare(recipe)
     folder = Path(model)
+    if (folder / RECIPE_FILE).exists() and not (folder / STUDENT_FOLDER).is_dir():
+        raise UserError(
+            f"{folder} holds a run that is not finished: there is no student yet. Run `layerdistill train` again."
+        )
     source = str(folder / STUDENT_FOLDER) if (folder / STUDENT_FOLDER).is_dir() else resolve_model_source(model, None)
     loaded = open_model(prepared, source, recipe.student, recipe.student.dtype)
     if loaded.fresh_keys and recipe.data.task != "causal-lm":

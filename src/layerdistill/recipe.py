@@ -181,6 +181,8 @@ def explain_one(item: Any, location: tuple[int | str, ...]) -> str:
         )
     if item["type"] == "union_tag_not_found":
         return f"{place}.name is missing: say which method, one of {', '.join(METHODS)}."
+    if item["type"] == "value_error" and isinstance(given, dict):
+        return f"{item['msg'].removeprefix('Value error, ')}."
     hint = ""
     if item["type"] == "literal_error" and isinstance(given, str):
         hint = did_you_mean(given, item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))

@@ -58,6 +58,8 @@ def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
     before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
     now = flatten(yaml.safe_load(dump_recipe(recipe)))
     differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key != "output")
+    if "method.name" in differ:  # its options differ only because it does
+        differ = ["method.name", *(key for key in differ if not key.startswith("method."))]
     if differ:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:5])
         raise UserError(

@@ -61,6 +61,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
         sync_folder(temporary)
         replace_folder(temporary, target)
     except BaseException:

@@ -100,8 +100,13 @@ def shrink_config(
         changes = _layers(fields, sources[name])
         changes |= _intermediate(fields, hidden_size, intermediate_size, changes)
         changes |= _width(fields, hidden_size, num_attention_heads, init)
-        changed = [key for key, value in changes.items() if isinstance(value, int) and value != fields.value(key)]
-        if init == "copy" and set(changed) - {fields.depth, "max_window_layers"}:
+        by_depth = {fields.depth, "max_window_layers"}
+        changed = [
+            key
+            for key, value in changes.items()
+            if isinstance(value, int) and value != fields.value(key) and key not in by_depth
+        ]
+        if init == "copy" and changed:
             raise UserError(
                 "init: copy takes whole teacher blocks, so a student must keep the teacher's hidden_size, heads and "
                 f"intermediate_size; this one changes {', '.join(changed)}. Use init: truncate or init: random."

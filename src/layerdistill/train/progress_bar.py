@@ -42,7 +42,7 @@ class ProgressBar(TrainerCallback):
             tenth = LINES * state.global_step // max(state.max_steps, 1)
             if tenth > self.printed_at:
                 self.printed_at = tenth
-                self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps} {self.loss}")
+                self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps} {self.loss}".rstrip())
 
     def on_log(
         self,
