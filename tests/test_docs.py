@@ -126,7 +126,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_yaml_is_a_recipe_or_sections_of_one(text: str) -> None:
     given = read_yaml(text)
     if {"student", "data", "method"} <= set(given):
-        load_recipe(given)
+        assert load_recipe(given).method.name == given["method"]["name"]
     else:
         rest = {
             "teacher": {"model": "somewhere"},
@@ -134,12 +134,12 @@ def test_yaml_is_a_recipe_or_sections_of_one(text: str) -> None:
             "data": {"task": "causal-lm", "train": "some.txt"},
             "method": {"name": "none"},
         }
-        load_recipe({**rest, **given})
+        assert load_recipe({**rest, **given}).output
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=named)
 def test_recipes_that_come_with_the_project_load(path: Path) -> None:
-    load_recipe(path)
+    assert load_recipe(path).method.name == read_yaml(path.read_text())["method"]["name"]
 
 
 def choices(schema: Any) -> set[str]:

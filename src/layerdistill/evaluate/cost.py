@@ -18,6 +18,7 @@ from layerdistill.evaluate.config import EvaluationConfig
 from layerdistill.evaluate.inference import forward_inputs, inference, text_config
 from layerdistill.evaluate.latency import interleaved_latency
 from layerdistill.evaluate.memory import peak_allocation
+from layerdistill.models import count_parameters
 
 MEGABYTE = 10**6
 """Bytes in an MB, as disks are sold."""
@@ -74,14 +75,6 @@ def measure_costs(
             for name, milliseconds in interleaved_latency(forwards, seconds).items():
                 costs[name].setdefault("latency_ms", {})[str(batch)] = milliseconds
     return costs
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Return `total`, `embedding` (the weights of all `nn.Embedding`: words, positions, types) and `non_embedding`."""
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    embedding = sum(weight.numel() for weight in embeddings)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {"total": total, "embedding": embedding, "non_embedding": total - embedding}
 
 
 def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -144,7 +137,7 @@ def _static_cost(model: nn.Module, seq: int, batch: int, folder: Path | None, de
     peak = sum(state.values()) + peak_allocation(partial(model, **inputs), device)
     size, size_from = size_on_disk(model, folder)
     return {
-        "parameters": count_parameters(model),
+        "parameters": {key: value for key, value in count_parameters(model).items() if key != "trainable"},
         "macs_per_token": macs / tokens,
         "peak_memory_mb": peak / MEGABYTE,
         "size_mb": size / MEGABYTE,
