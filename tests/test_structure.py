@@ -18,7 +18,7 @@ RANKS = {
     "methods": 3, "evaluate": 3, "diagnose": 3, "train": 3,
     "recipe": 5,
     "prepare": 6,
-    "finetune": 7, "run_folder": 7,
+    "finetune": 7, "run_folder": 7, "context": 7,
     "measurement": 8,
     "runner": 9, "plan": 9, "api": 9,
     "study": 10,

@@ -14,14 +14,15 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from layerdistill.context import LiveContext
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import read_json, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
-from layerdistill.core.types import Pair
-from layerdistill.data import Collator, fingerprint_dataset
+from layerdistill.core.types import Method, Pair
+from layerdistill.data import Collator, fingerprint_dataset, set_aside
 from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
-from layerdistill.models import depths, widths
+from layerdistill.models import depths, make_student, widths
 from layerdistill.recipe import explain
 from layerdistill.signals import LiveTeacher
 from layerdistill.train.config import LayerDistillationConfig
@@ -144,15 +145,22 @@ class LayerDistillationTrainer(StageTrainer):
         config = method_config(method, method_options or {})
         pair = make_pair(teacher_model, model, args.seed)
         check_method(config, pair)
-        stages = list(find_method(config.name).stages(pair, config))
-        if len(stages) != 1:
+        chosen = find_method(config.name)
+        if not chosen.one_stage:
             raise UserError(
-                f"The method {config.name!r} has {len(stages)} stages. Use layerdistill.distill(...) for it."
+                f"The method {config.name!r} is more than one stage of training. Use layerdistill.distill(...) or a "
+                "recipe."
             )
+        tokenizer = options.get("processing_class")
+        if options.get("data_collator") is None and tokenizer is not None:
+            options["data_collator"] = Collator(tokenizer, pair.task)
+        given = StageInput(
+            pair.task, {"train": train_dataset}, options.get("data_collator"), tokenizer, args, args.seed,
+            Path(str(args.output_dir)), Console(quiet=True),
+        )  # fmt: skip
+        stage = next(chosen.stages(pair, config, LiveContext(given, EvaluationConfig().metrics_for(pair.task))))
         teacher = LiveTeacher(teacher_model) if teacher_model is not None else None
-        if options.get("data_collator") is None and options.get("processing_class") is not None:
-            options["data_collator"] = Collator(options["processing_class"], pair.task)
-        super().__init__(stages[0], pair.task, args, train_dataset, teacher, **options)
+        super().__init__(stage, pair.task, args, train_dataset, teacher, **options)
 
     @property
     def student(self) -> nn.Module:
@@ -160,9 +168,22 @@ class LayerDistillationTrainer(StageTrainer):
         return self.composite.student
 
 
+def starting_student(method: Method, teacher: Any, student: PreTrainedModel | None) -> PreTrainedModel:
+    """Return the model to train: the one given, or a copy of the teacher for a method that makes the student of it."""
+    if method.grows_student:
+        if student is not None or teacher is None:
+            raise UserError(
+                f"The method {method.name!r} makes the student out of the teacher: pass a teacher, and student=None."
+            )
+        return make_student(teacher).float()
+    if student is None:
+        raise UserError("student is None: pass a model, for example layerdistill.make_student(teacher, num_blocks=3).")
+    return student
+
+
 def distill(
     teacher: PreTrainedModel | None,
-    student: PreTrainedModel,
+    student: PreTrainedModel | None,
     train_dataset: Any,
     eval_dataset: Any = None,
     method: str | dict[str, Any] | Any = "cka",
@@ -172,12 +193,16 @@ def distill(
 ) -> DistillResult:
     """Train `student` in place by any method and return it with its metrics on `eval_dataset`.
 
+    `student` is None for a method that makes it out of the teacher (iskd, layer_prune).
+
     Datasets are tokenised (`input_ids`, `attention_mask`, `labels`). `method_options` are a recipe's method section.
     `processing_class` is the tokenizer, which knows how to pad. With `args` the state of training lies in
     `args.output_dir`, and the same call goes on with it; without, in a temporary folder that is gone afterwards.
     Raises UserError for options that do not fit, and for an `output_dir` that holds another distillation.
     """
     config = method_config(method, method_options)
+    chosen = find_method(config.name)
+    student = starting_student(chosen, teacher, student)
     if processing_class is None:
         raise UserError("processing_class is missing: pass the tokenizer, which says how batches are padded.")
     if eval_dataset is not None and not isinstance(eval_dataset, Dataset):
@@ -193,10 +218,13 @@ def distill(
             claim_folder(folder, config, pair, train_dataset, args)
         collator = Collator(processing_class, pair.task)
         datasets = {"train": train_dataset} | ({"validation": eval_dataset} if eval_dataset is not None else {})
+        if (calibration := getattr(config, "calibration", None)) is not None:
+            datasets = set_aside(datasets, calibration, seed)
         training: Any = args if args is not None else {}
         given = StageInput(pair.task, datasets, collator, processing_class, training, seed, folder, Console(quiet=True))
         source = LiveTeacher(teacher) if teacher is not None else None
-        for stage in find_method(config.name).stages(pair, config):
+        context = LiveContext(given, EvaluationConfig().metrics_for(pair.task))
+        for stage in chosen.stages(pair, config, context):
             run_stage(stage, given, source)
     if eval_dataset is None:
         return DistillResult(student, {})

@@ -73,7 +73,8 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
             f"{folder} holds a run that is not finished: there is no student yet. Run `layerdistill train` again."
         )
     source = str(folder / STUDENT_FOLDER) if (folder / STUDENT_FOLDER).is_dir() else resolve_model_source(model, None)
-    loaded = open_model(prepared, source, recipe.student, recipe.student.dtype)
+    section = recipe.student_loading
+    loaded = open_model(prepared, source, section, section.dtype)
     if loaded.fresh_keys and recipe.data.task != "causal-lm":
         raise UserError(
             f"{source} has no trained head for this recipe's task and labels (new weights: "

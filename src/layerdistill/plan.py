@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from layerdistill.core.types import Progress
+from layerdistill.core.types import Pair, StagePreview
 from layerdistill.matching import LayerMap, map_rows
 from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
@@ -113,23 +114,33 @@ def show_terms(prepared: Prepared, console: Console) -> None:
     """Print the method's terms with their coefficients, and each layer map in both index forms."""
     recipe = prepared.recipe
     console.print(f"Method: [bold]{recipe.method.name}[/bold], {find_method(recipe.method.name).summary}")
-    stages = list(prepared.method.stages(prepared.pair, recipe.method))
-    for stage in stages:
-        described = ", ".join(describe_term(term) for term in stage.terms)
-        console.print(f"Stage {stage.name}: {described}")
-        for term in stage.terms:
-            for layer_map in getattr(term, "maps", []):
-                console.print(layer_table(layer_map))
-        helpers = sum(parameter.numel() for parameter in stage.terms.parameters())
-        if helpers:
-            console.print(f"Projections: {helpers:,} parameters, trained with the student and thrown away.")
+    pair = shapes(prepared)
+    whole = count_parameters(pair.teacher)["total"] if pair.teacher is not None else 0
+    for stage in prepared.method.preview(pair, recipe.method):
+        console.print(f"Stage {stage.name}: {', '.join(stage.terms)}")
+        for layer_map in stage.maps:
+            console.print(layer_table(layer_map))
+        for note in stage_notes(stage, whole):
+            console.print(note, highlight=False)
 
 
-def describe_term(term: Any) -> str:
-    """Return a term's name with what it is multiplied by."""
-    coefficient = term.coefficient(term.name, Progress())
-    per_pair = " per pair" if term.name == "hidden" else ""
-    return f"{coefficient:g} × {term.name}{per_pair}"
+def shapes(prepared: Prepared) -> Pair:
+    """Return the pair with models on the meta device: shapes without numbers."""
+    task, labels = prepared.recipe.data.task, prepared.labels.num_labels or None
+    config = prepared.teacher_config
+    teacher = empty_model(config, task, labels) if config is not None else None
+    return replace(prepared.pair, teacher=teacher, student=empty_model(prepared.student_config, task, labels))
+
+
+def stage_notes(stage: StagePreview, whole: int) -> list[str]:
+    """Return what is to be said of a stage besides its terms; `whole` is the teacher's parameter count."""
+    notes = list(stage.notes)
+    if stage.thrown_away:
+        notes.append(f"Helpers (projections, filters): {stage.thrown_away:,} parameters, trained and thrown away.")
+    if stage.student_parameters is not None and whole:
+        removed = 100 * (1 - stage.student_parameters / whole)
+        notes.append(f"The student then has {stage.student_parameters:,} parameters ({removed:.2f} % removed).")
+    return notes
 
 
 def layer_table(layer_map: LayerMap) -> Table:

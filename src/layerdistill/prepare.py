@@ -21,6 +21,7 @@ from layerdistill.data import (
     label_space,
     load_splits,
     open_tokenizer,
+    set_aside,
     tokenise,
 )
 from layerdistill.evaluate import metric_problems
@@ -116,12 +117,13 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
             )
     labels = problems.attempt(label_space, splits, recipe.data) if splits else None
     teacher_source, teacher_config = model_config(recipe.teacher, recipe, problems)
-    student_source, student_config = model_config(recipe.student if recipe.student.model else None, recipe, problems)
+    own_model = recipe.student is not None and recipe.student.model is not None
+    student_source, student_config = model_config(recipe.student if own_model else None, recipe, problems)
     known = student_config is not None or teacher_config is not None or recipe.data.tokenizer is not None
     tokenizer = problems.attempt(find_tokenizer, recipe, student_source or teacher_source) if known else None
     if recipe.teacher is not None and recipe.teacher.architecture is not None and tokenizer is not None:
         teacher_config = problems.attempt(new_config, recipe.teacher.architecture, len(tokenizer))
-    if student_config is None and teacher_config is not None and not recipe.student.model:
+    if student_config is None and teacher_config is not None and not own_model:
         student_config = problems.attempt(shrink_config, teacher_config, **shape_of(recipe))
     problems.stop()
     assert splits is not None and labels is not None and student_config is not None and tokenizer is not None
@@ -132,13 +134,7 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         vocabulary = compare_vocabularies(own_tokenizer(teacher_source, tokenizer), tokenizer, *rows)
     pair = pair_without_models(recipe, teacher_config, student_config, vocabulary)
     problems.found += head_problems(recipe, teacher_config, labels)
-    if recipe.data.tokenizer is not None and student_source is not None:
-        rows = student_config.vocab_size, student_config.vocab_size
-        own = compare_vocabularies(own_tokenizer(student_source, tokenizer), tokenizer, *rows)
-        if not own.identical:
-            problems.found.append(
-                f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."
-            )
+    problems.found += tokenizer_problems(recipe, student_source, student_config, tokenizer)
     if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
         problems.found.append(
             f"Teacher and student do not share a vocabulary ({vocabulary.reason}), so their inputs differ and neither "
@@ -149,7 +145,7 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         problems.found += method.problems(recipe.method, pair)
     longest = [positions(config) for config in (teacher_config, student_config) if config is not None]
     datasets = problems.attempt(
-        tokenise, splits, recipe.data, tokenizer, labels, min(filter(None, longest), default=None)
+        tokenised_splits, splits, recipe, tokenizer, labels, min(filter(None, longest), default=None)
     )
     problems.stop()
     assert datasets is not None
@@ -160,12 +156,37 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     )  # fmt: skip
 
 
+def tokenised_splits(
+    splits: dict[str, Dataset],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: LabelSpace,
+    longest: int | None,
+) -> dict[str, Dataset]:
+    """Return the splits as model inputs, with the rows that the method chooses by set aside."""
+    datasets = tokenise(splits, recipe.data, tokenizer, labels, longest)
+    calibration = getattr(recipe.method, "calibration", None)
+    return datasets if calibration is None else set_aside(datasets, calibration, recipe.seed)
+
+
 def own_tokenizer(source: str | None, fallback: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return the tokenizer that lies with a model, or `fallback` for a model that brings none."""
     try:
         return open_tokenizer(source) if source is not None else fallback
     except UserError:
         return fallback
+
+
+def tokenizer_problems(
+    recipe: Recipe, student_source: str | None, student: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return why `data.tokenizer` does not fit a student that brings its own."""
+    if recipe.data.tokenizer is None or student_source is None:
+        return []
+    own = compare_vocabularies(own_tokenizer(student_source, tokenizer), tokenizer, *(2 * [student.vocab_size]))
+    if own.identical:
+        return []
+    return [f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."]
 
 
 def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collator:
@@ -177,7 +198,7 @@ def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collato
 def section_problems(recipe: Recipe) -> list[str]:
     """Return what is wrong between sections whatever the models and the data hold."""
     problems = []
-    cut_out = not recipe.student.model
+    cut_out = recipe.student is None or not recipe.student.model
     if recipe.teacher is None and recipe.method.name != "none" and not cut_out:
         problems.append(
             f"teacher is missing: the method {recipe.method.name!r} learns from one. Add teacher: {{model: ...}}."
@@ -201,7 +222,9 @@ def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def shape_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the shape that the student section asks for, as `make_student` and `shrink_config` take it."""
+    """Return the shape that the student section asks for (the teacher's without one), as `make_student` takes it."""
+    if recipe.student is None:
+        return {"seed": recipe.seed}
     names = ("num_blocks", "hidden_size", "intermediate_size", "num_attention_heads", "init", "copy_map")
     return {name: getattr(recipe.student, name) for name in names} | {"seed": recipe.seed}
 

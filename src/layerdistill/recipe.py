@@ -27,8 +27,9 @@ class Recipe(SectionConfig):
     teacher: TeacherConfig | None = None
     """The model to learn from; may be left out when student.model is given and the method is `none`."""
 
-    student: StudentConfig
-    """The model to train: a shape cut out of the teacher, or a pretrained model of its own."""
+    student: StudentConfig | None = None
+    """The model to train: a shape cut out of the teacher, or a pretrained model of its own; left out where the method
+    makes the student out of the teacher step by step."""
 
     data: DataConfig
     """Task, files, columns."""
@@ -54,6 +55,13 @@ class Recipe(SectionConfig):
     def base(self) -> Path | None:
         """The folder of the recipe file: relative paths are looked for there first, then in the current folder."""
         return self._base
+
+    @property
+    def student_loading(self) -> StudentConfig | TeacherConfig:
+        """The section that says how the student is loaded: its own, or its teacher's where it grows out of that."""
+        section = self.student or self.teacher
+        assert section is not None, "prepare() has seen to it"
+        return section
 
     def fingerprint(self) -> str:
         """Return what identifies the result: everything but where it is written."""
@@ -96,6 +104,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     for override in overrides or []:
         apply_override(given, override)
     problems = [] if not isinstance(given.get("training"), dict) else training_problems(given["training"])
+    problems += student_problems(given)
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
@@ -104,6 +113,19 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
         raise UserError(*problems)
     recipe._base = base
     return recipe
+
+
+def student_problems(given: dict[str, Any]) -> list[str]:
+    """Return whether the student section is missing, or there though the method makes the student itself."""
+    method = given.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    grows = name in METHODS and METHODS[str(name)].grows_student
+    there = given.get("student") is not None
+    if there and grows:
+        return [f"student cannot be set: the method {name!r} makes the student out of the teacher. Leave it out."]
+    if not there and not grows:
+        return ["student is missing. Give a shape to cut out of the teacher (num_blocks: 3), or a model of its own."]
+    return []
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

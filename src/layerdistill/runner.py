@@ -11,11 +11,13 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
+from layerdistill.context import LiveContext
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.types import Pair
 from layerdistill.evaluate import metrics_in_training
 from layerdistill.finetune import load_teacher, open_model
 from layerdistill.measurement import measure
+from layerdistill.methods.preview import count_helpers
 from layerdistill.models import make_student
 from layerdistill.prepare import Prepared, prepare, shape_of
 from layerdistill.recipe import Recipe, load_recipe
@@ -63,28 +65,33 @@ def run(
         if again:
             forget(folder)
         record_start(folder, recipe, prepared)
-        train(prepared, pair, folder, console)
-        return evaluate_run(prepared, pair, folder)
+        thrown_away = train(prepared, pair, folder, console)
+        return evaluate_run(prepared, pair, folder, thrown_away)
 
 
-def train(prepared: Prepared, pair: Pair, folder: Path, console: Console) -> None:
-    """Run the method's stages and write the student."""
+def train(prepared: Prepared, pair: Pair, folder: Path, console: Console) -> int:
+    """Run the method's stages, write the student, and return how many helper parameters were thrown away."""
     given = stage_input(prepared, folder, console)
     source = LiveTeacher(pair.teacher) if pair.teacher is not None else None
-    for stage in prepared.method.stages(pair, prepared.recipe.method):
+    metrics = prepared.recipe.evaluation.metrics_for(prepared.recipe.data.task)
+    context = LiveContext(given, metrics, prepared.recipe.evaluation.batch_size)
+    thrown_away = 0
+    for stage in prepared.method.stages(pair, prepared.recipe.method, context):
         run_stage(stage, given, source)
+        thrown_away += count_helpers(stage)
     target = folder / STUDENT_FOLDER
     if PartialState().is_main_process:
         with explained_disk_errors("The student", target), whole_folder(target) as partial:
             save_student(pair.student, partial, prepared.tokenizer)
     PartialState().wait_for_everyone()
+    return thrown_away
 
 
-def evaluate_run(prepared: Prepared, pair: Pair, folder: Path) -> RunResult:
+def evaluate_run(prepared: Prepared, pair: Pair, folder: Path, thrown_away: int) -> RunResult:
     """Measure student and teacher and write evaluation.json, whose presence means that the run is finished."""
     if PartialState().is_main_process:
         models = {"student": pair.student} | ({"teacher": pair.teacher} if pair.teacher is not None else {})
-        result = measure(prepared, models, folder)
+        result = {**measure(prepared, models, folder), "thrown_away_parameters": thrown_away}
         with explained_disk_errors("The evaluation", folder):
             write_json(folder / EVALUATION_FILE, result)
     PartialState().wait_for_everyone()
@@ -92,12 +99,15 @@ def evaluate_run(prepared: Prepared, pair: Pair, folder: Path) -> RunResult:
 
 
 def load_student_model(prepared: Prepared, teacher: nn.Module | None) -> nn.Module:
-    """Return the student at its start: cut out of the teacher, or a pretrained model of its own."""
+    """Return the student at its start: cut out of the teacher, a copy of it, or a pretrained model of its own."""
     section = prepared.recipe.student
     if prepared.student_source is not None:
+        assert section is not None, "the source is the section's"
         return open_model(prepared, prepared.student_source, section, section.dtype).model
     assert teacher is not None, "prepare() has seen to it"
     student = make_student(teacher, **shape_of(prepared.recipe))
+    if section is None:
+        return student.float()
     if section.attn_implementation is not None:
         student.set_attn_implementation(section.attn_implementation)
     return student if section.dtype == "auto" else student.to(getattr(torch, section.dtype))

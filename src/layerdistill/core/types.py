@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -53,17 +53,26 @@ class LayerRef:
         )
 
 
+@dataclass(frozen=True, order=True)
+class Tap:
+    """A place inside a model that is no layer: the first argument, or the output, of the module at a dotted path."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
 @dataclass(frozen=True)
 class Signal:
     """What a model says about a batch.
 
     `logits` is `(batch, classes)` or `(batch, seq, vocab)`. `hidden[layer]` is `(batch, seq, hidden)`. `masks[stack]`
-    is `(batch, seq)`, 1 on real tokens and 0 on padding.
+    is `(batch, seq)`, 1 on real tokens and 0 on padding. `taps[tap]` is `(batch, seq, features)`.
     """
 
     logits: Tensor | None
     hidden: Mapping[LayerRef, Tensor]
     masks: Mapping[StackName, Tensor]
+    taps: Mapping[Tap, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,22 @@ class Needs:
     student: frozenset[LayerRef] = frozenset()
     teacher: frozenset[LayerRef] = frozenset()
     teacher_logits: bool = False
+    student_taps: frozenset[Tap] = frozenset()
+    teacher_taps: frozenset[Tap] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
-            self.student | other.student, self.teacher | other.teacher, self.teacher_logits or other.teacher_logits
+            self.student | other.student,
+            self.teacher | other.teacher,
+            self.teacher_logits or other.teacher_logits,
+            self.student_taps | other.student_taps,
+            self.teacher_taps | other.teacher_taps,
         )
 
     @property
     def teacher_at_all(self) -> bool:
         """Whether the teacher has to be run."""
-        return self.teacher_logits or bool(self.teacher)
+        return self.teacher_logits or bool(self.teacher) or bool(self.teacher_taps)
 
 
 @dataclass(frozen=True)
@@ -135,19 +150,56 @@ class Term(Protocol):
         ...
 
 
+class TeacherSource(Protocol):
+    """Whatever can say what the teacher says: the live model, or a record of it."""
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        """Return the teacher's logits, layers and taps that `needs` asks for, on this batch."""
+        ...
+
+
 @dataclass
 class Stage:
-    """One training phase: what is trained, on which terms, with which changes to the recipe's training arguments."""
+    """One training phase: what is trained, on which terms, with which changes to the recipe's training arguments.
+
+    `student` is None where only the terms' own modules train. `teacher` takes the place of the recipe's teacher in this
+    stage. `learning_rates` holds modules with a learning rate of their own; all others have the recipe's. `stock` is
+    false while the student is not what its class makes of its config (adapters, blocks of another kind): checkpoints
+    then hold its tensors by the names of its modules.
+    """
 
     name: str
-    student: nn.Module
+    student: nn.Module | None
     terms: nn.ModuleList
     training: dict[str, Any] = field(default_factory=dict)
+    teacher: TeacherSource | None = None
+    learning_rates: Sequence[tuple[nn.Module, float]] = ()
+    stock: bool = True
+
+
+@dataclass(frozen=True)
+class StagePreview:
+    """What `plan` says of a stage: its terms in words, layer maps, and what is left of it.
+
+    `thrown_away` counts the parameters of modules that serve the training only; `student_parameters` is what the
+    student has after the stage, None where the stage does not change that. `notes` are whole sentences.
+    """
+
+    name: str
+    terms: Sequence[str]
+    maps: Sequence[Any] = ()
+    thrown_away: int = 0
+    student_parameters: int | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student as loaded, with what a method must know of them; each mapping has one entry per stack."""
+    """A teacher and a student as loaded, with what a method must know of them; each mapping has one entry per stack.
+
+    While a recipe is checked there are no models (`teacher` None, `student` an empty module); while it is planned they
+    are on the meta device, with shapes and without numbers.
+    """
 
     teacher: nn.Module | None
     student: nn.Module
@@ -159,6 +211,47 @@ class Pair:
     vocab_size: int | None
     """Token ids that both know; logits beyond are padding and get no probability. None outside language modelling."""
     seed: int
+    teacher_adapters: Mapping[str, Tensor] | None = None
+    """LoRA A matrices `(rank, in_features)` by the path of the teacher's module that they adapt; already merged in."""
+
+
+Chosen = TypeVar("Chosen")
+
+
+class RunContext(Protocol):
+    """What a method may ask of the run around it."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data in one stage, rounded up."""
+        ...
+
+    def say(self, sentence: str) -> None:
+        """Tell the user what the method does or found."""
+        ...
+
+    def decide(self, name: str, choose: Callable[[], Chosen]) -> Chosen:
+        """Return what was chosen under `name` before (decisions.json), else choose now and keep it.
+
+        The value must survive JSON. A resumed run reads it back and never chooses again.
+        """
+        ...
+
+    def calibration(self) -> Sequence[Batch]:
+        """Return the rows set aside for choosing, in batches, on the device of training; never the reported split."""
+        ...
+
+    def score(self, model: nn.Module) -> float:
+        """Return the recipe's first metric on the calibration rows, its sign turned so that more is better."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
+        """Return the recipe's metrics on the validation split, `{}` where there is none."""
+        ...
+
+    def training_batches(self) -> Iterator[Batch]:
+        """Yield the training data once, in an order that never changes, on the device of training."""
+        ...
 
 
 class Method(Protocol):
@@ -167,9 +260,20 @@ class Method(Protocol):
     name: str
     summary: str
     Config: type[SectionConfig]
+    one_stage: bool
+    """Whether one stage is all, with nothing to do before or after it, so that a Trainer alone can run it."""
+    grows_student: bool
+    """Whether the student grows out of a copy of the teacher, so that a recipe has no `student` section."""
 
-    def stages(self, pair: Pair, config: Any) -> Iterator[Stage]:
-        """Yield the training phases in order; code after a `yield` runs when that phase has finished."""
+    def stages(self, pair: Pair, config: Any, context: RunContext) -> Iterator[Stage]:
+        """Yield the training phases in order; code after a `yield` runs when that phase has finished.
+
+        `pair.student` is changed in place; what it is at the end is the run's student.
+        """
+        ...
+
+    def preview(self, pair: Pair, config: Any) -> list[StagePreview]:
+        """Return what `stages` would do, from models on the meta device and without data."""
         ...
 
     def problems(self, config: Any, pair: Pair) -> list[str]:

@@ -1,5 +1,6 @@
 """From a recipe's `data` section to batches: tasks, sources, labels, tokenising, packing, collating."""
 
+from layerdistill.data.calibration import CALIBRATION, CalibrationConfig, set_aside
 from layerdistill.data.collate import Collator
 from layerdistill.data.config import DataConfig
 from layerdistill.data.fingerprint import fingerprint_dataset
@@ -11,7 +12,9 @@ from layerdistill.data.tokenizer import open_tokenizer, padding_id
 from layerdistill.data.vocabulary import VocabularyCheck, compare_vocabularies
 
 __all__ = [
+    "CALIBRATION",
     "TASKS",
+    "CalibrationConfig",
     "Collator",
     "DataConfig",
     "LabelSpace",
@@ -24,5 +27,6 @@ __all__ = [
     "load_splits",
     "open_tokenizer",
     "padding_id",
+    "set_aside",
     "tokenise",
 ]

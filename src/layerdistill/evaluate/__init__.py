@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 HOMES = {
     "EvaluationConfig": "config",
+    "LOWER_IS_BETTER": "config",
     "metric_problems": "config",
     "EvaluationResult": "evaluator",
     "evaluate_model": "evaluator",
@@ -19,6 +20,7 @@ HOMES = {
 """Public names and their modules; loaded when first used, because reports and recipes read `config` without torch."""
 
 __all__ = [
+    "LOWER_IS_BETTER",
     "EvaluationConfig",
     "EvaluationResult",
     "compute_metrics",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from layerdistill.evaluate.config import EvaluationConfig, metric_problems
+    from layerdistill.evaluate.config import LOWER_IS_BETTER, EvaluationConfig, metric_problems
     from layerdistill.evaluate.cost import measure_cost, measure_costs
     from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training
     from layerdistill.evaluate.metrics import compute_metrics

@@ -7,11 +7,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from layerdistill.core.types import Mean, Pair, Stage
+from layerdistill.core.types import Mean, Pair, RunContext, Stage, StagePreview
 from layerdistill.matching import cka_loss
 from layerdistill.methods.distributed import differentiable_sum
 from layerdistill.methods.hidden_term import HiddenTerm
 from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
+from layerdistill.methods.preview import preview_stages
 
 
 class CkaConfig(MatchedConfig):
@@ -51,14 +52,20 @@ class CentredKernelAlignment:
     name = "cka"
     summary = "kd plus centred kernel alignment of matched hidden states; no projection, any width"
     Config = CkaConfig
+    one_stage = True
+    grows_student = False
 
-    def stages(self, pair: Pair, config: CkaConfig) -> Iterator[Stage]:
+    def stages(self, pair: Pair, config: CkaConfig, context: RunContext | None = None) -> Iterator[Stage]:
         """One stage with the task, logits and hidden terms."""
         distance = CkaDistance(config.form, config.debiased)
         hidden = HiddenTerm(
             build_maps(config, pair), distance, config.weights.hidden, reduce=config.reduce, whole_batch=True
         )
         yield Stage("distill", pair.student, nn.ModuleList([*prediction_terms(config, pair), hidden]))
+
+    def preview(self, pair: Pair, config: CkaConfig) -> list[StagePreview]:
+        """The one stage."""
+        return preview_stages(self.stages(pair, config))
 
     def problems(self, config: CkaConfig, pair: Pair) -> list[str]:
         """A layer map out of range, a loss that does not fit, or a square root of what can be negative."""

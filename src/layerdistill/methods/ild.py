@@ -8,10 +8,11 @@ from typing import Literal
 
 from torch import nn
 
-from layerdistill.core.types import Pair, Stage
+from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.matching import Projections, cosine_loss, masked_mse, normalised_mse
 from layerdistill.methods.hidden_term import Distance, HiddenTerm
 from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
+from layerdistill.methods.preview import preview_stages
 
 DISTANCES: dict[str, Distance] = {
     "mse": masked_mse,
@@ -47,8 +48,10 @@ class IntermediateLayerDistillation:
     name = "ild"
     summary = "kd plus projected hidden states, matched layer by layer"
     Config = IldConfig
+    one_stage = True
+    grows_student = False
 
-    def stages(self, pair: Pair, config: IldConfig) -> Iterator[Stage]:
+    def stages(self, pair: Pair, config: IldConfig, context: RunContext | None = None) -> Iterator[Stage]:
         """One stage with the task, logits and hidden terms."""
         maps = build_maps(config, pair)
         projections = {}
@@ -62,6 +65,10 @@ class IntermediateLayerDistillation:
             projections[stack] = Projections(kind, layers, *widths, shared=config.shared_projection, seed=pair.seed)
         hidden = HiddenTerm(maps, DISTANCES[config.distance], config.weights.hidden, projections, config.reduce)
         yield Stage("distill", pair.student, nn.ModuleList([*prediction_terms(config, pair), hidden]))
+
+    def preview(self, pair: Pair, config: IldConfig) -> list[StagePreview]:
+        """The one stage."""
+        return preview_stages(self.stages(pair, config))
 
     def problems(self, config: IldConfig, pair: Pair) -> list[str]:
         """A layer map out of range, a loss that does not fit, or an identity projection between unequal widths."""

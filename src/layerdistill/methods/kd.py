@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import nn
 
 from layerdistill.core.config import SectionConfig
-from layerdistill.core.types import Pair, Stage
+from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
+from layerdistill.methods.preview import preview_stages
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.methods.weights import LogitsWeights
 
@@ -39,8 +40,10 @@ class KnowledgeDistillation:
     name = "kd"
     summary = "knowledge distillation from the teacher's predictions"
     Config = KdConfig
+    one_stage = True
+    grows_student = False
 
-    def stages(self, pair: Pair, config: KdConfig) -> Iterator[Stage]:
+    def stages(self, pair: Pair, config: KdConfig, context: RunContext | None = None) -> Iterator[Stage]:
         """One stage with the task and logits terms whose weight is not 0."""
         terms: list[nn.Module] = []
         if config.weights.task:
@@ -50,6 +53,10 @@ class KnowledgeDistillation:
                 LogitsTerm(pair.task, config.weights.logits, config.logits_loss, config.temperature, pair.vocab_size)
             )
         yield Stage("distill", pair.student, nn.ModuleList(terms))
+
+    def preview(self, pair: Pair, config: KdConfig) -> list[StagePreview]:
+        """The one stage."""
+        return preview_stages(self.stages(pair, config))
 
     def problems(self, config: KdConfig, pair: Pair) -> list[str]:
         """A loss that does not fit the task, or no logits term at all."""

@@ -8,7 +8,8 @@ from typing import Literal
 from torch import nn
 
 from layerdistill.core.config import SectionConfig
-from layerdistill.core.types import Pair, Stage
+from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
+from layerdistill.methods.preview import preview_stages
 from layerdistill.methods.task_term import TaskTerm
 
 
@@ -24,10 +25,16 @@ class NoDistillation:
     name = "none"
     summary = "fine-tuning on the labels alone, no teacher: what every method has to beat"
     Config = NoneConfig
+    one_stage = True
+    grows_student = False
 
-    def stages(self, pair: Pair, config: NoneConfig) -> Iterator[Stage]:
+    def stages(self, pair: Pair, config: NoneConfig, context: RunContext | None = None) -> Iterator[Stage]:
         """One stage with the task term."""
         yield Stage("distill", pair.student, nn.ModuleList([TaskTerm(pair.task, 1.0)]))
+
+    def preview(self, pair: Pair, config: NoneConfig) -> list[StagePreview]:
+        """The one stage."""
+        return preview_stages(self.stages(pair, config))
 
     def problems(self, config: NoneConfig, pair: Pair) -> list[str]:
         """Nothing can be wrong."""

@@ -1,6 +1,7 @@
 """Capture: take hidden states and logits out of models, live or cached, without changing them."""
 
+from layerdistill.core.types import TeacherSource
 from layerdistill.signals.hooks import Captured, capture
-from layerdistill.signals.source import LiveTeacher, TeacherSource, run_model, student_signal
+from layerdistill.signals.source import LiveTeacher, run_model, student_signal
 
 __all__ = ["Captured", "LiveTeacher", "TeacherSource", "capture", "run_model", "student_signal"]

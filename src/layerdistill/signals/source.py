@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName
+from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.hooks import Captured, capture
+from layerdistill.signals.taps import stack_of, tapped
 
 IGNORED = -100
 """The label that losses skip."""
@@ -21,19 +22,11 @@ IGNORED = -100
 _NOT_INPUTS = frozenset({"labels", "use_cache", "return_dict", "output_hidden_states", "output_attentions"})
 
 
-class TeacherSource(Protocol):
-    """Whatever can say what the teacher says: the live model, or a cache of it."""
-
-    def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """Return the teacher's logits and layers that `needs` asks for, on this batch."""
-        ...
-
-
 class LiveTeacher:
-    """A teacher that is run on every batch: in eval mode, frozen, without a graph."""
+    """A teacher that is run on every batch: frozen, without a graph, in eval mode unless `dropout` is wanted."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, dropout: bool = False) -> None:
+        self.model = model.train(dropout).requires_grad_(False)
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         """Return the teacher's signal, in its own dtype; the head is run only if logits are asked for.
@@ -44,34 +37,38 @@ class LiveTeacher:
         if next(self.model.parameters()).device != place:
             self.model.to(place)
         with torch.no_grad():
-            return run_model(self.model, batch, needs.teacher, logits=needs.teacher_logits)
+            return run_model(self.model, batch, needs.teacher, logits=needs.teacher_logits, taps=needs.teacher_taps)
 
 
-def student_signal(model: nn.Module, batch: Batch, layers: Iterable[LayerRef]) -> Signal:
-    """Return the student's logits and `layers` with their graph."""
-    return run_model(model, batch, layers, logits=True)
+def student_signal(model: nn.Module, batch: Batch, layers: Iterable[LayerRef], taps: Iterable[Tap] = ()) -> Signal:
+    """Return the student's logits, `layers` and `taps` with their graph."""
+    return run_model(model, batch, layers, logits=True, taps=taps)
 
 
-def run_model(model: nn.Module, batch: Batch, layers: Iterable[LayerRef], logits: bool) -> Signal:
+def run_model(
+    model: nn.Module, batch: Batch, layers: Iterable[LayerRef], logits: bool, taps: Iterable[Tap] = ()
+) -> Signal:
     """Run `model` once on `batch` and return its signal; labels are not passed, so it computes no loss of its own.
 
-    Without `logits` only the base model is run, and nothing at all when no layer is wanted either. `masks` holds
-    `attention_mask` (ones if there is none); in an encoder-decoder `masks["decoder"]` is `decoder_attention_mask`, else
-    where `labels` of decoder positions are not -100, else the encoder's (a classifier decodes its own input).
+    Without `logits` only the base model is run, and nothing at all when no layer and no tap is wanted either. `masks`
+    holds `attention_mask` (ones if there is none); in an encoder-decoder `masks["decoder"]` is
+    `decoder_attention_mask`, else where `labels` of decoder positions are not -100, else the encoder's (a classifier
+    decodes its own input).
     """
-    layers = tuple(layers)
+    layers, taps = tuple(layers), tuple(taps)
     inner = unwrap(model)
     inputs = _inputs(inner, batch)
     masks = batch_masks(inner, batch)
-    if not layers and not logits:
+    if not layers and not logits and not taps:
         return Signal(None, {}, masks)
     # A base model is not called through the wrapper, and only its class knows what a decoder gets for labels.
     whole = logits or model is not inner or (inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs)
     called = model if whole else inner.base_model
-    with capture(model, layers) as hidden:
+    with capture(model, layers) as hidden, tapped(inner, taps) as places:
         output = called(**_accepted(inner if whole else inner.base_model, inputs))
     found = {layer: restore_padding(tensor, masks[layer.stack]) for layer, tensor in _all(hidden, layers)}
-    return Signal(_logits(inner, output) if logits else None, found, masks)
+    tensors = {tap: restore_padding(tensor, masks[stack_of(inner, tap)]) for tap, tensor in places.items()}
+    return Signal(_logits(inner, output) if logits else None, found, masks, tensors)
 
 
 def batch_masks(model: nn.Module, batch: Batch) -> dict[StackName, Tensor]:

@@ -12,20 +12,23 @@ from layerdistill.signals import student_signal
 
 
 class Composite(nn.Module):
-    """The student with the terms of one stage and their helper modules (projections, filters).
+    """The student (None where only helpers train) with the terms of one stage and their helpers (projections, filters).
 
     Always called through the wrapper that accelerate puts around it. It exposes no `config`, so that the Trainer does
     not write training-time settings such as `use_cache` into the student's own configuration.
     """
 
-    def __init__(self, student: nn.Module, terms: nn.ModuleList) -> None:
+    def __init__(self, student: nn.Module | None, terms: nn.ModuleList) -> None:
         super().__init__()
         self.student: Any = student
         self.terms = terms
 
     def forward(self, batch: Batch, teacher: Signal | None, progress: Progress) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `{name: (total, count)}` of every term on this batch, in float32."""
-        signal = student_signal(self.student, batch, needs_of(self.terms, progress).student)
+        signal = Signal(None, {}, {})
+        if self.student is not None:
+            needs = needs_of(self.terms, progress)
+            signal = student_signal(self.student, batch, needs.student, needs.student_taps)
         means: dict[str, Mean] = {}
         for term in self.terms:
             means.update(term(signal, teacher, batch, progress))

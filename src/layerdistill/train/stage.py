@@ -17,8 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from layerdistill.core.errors import Interrupted, UserError
 from layerdistill.core.files import explained_disk_errors, sweep_partials, whole_folder
 from layerdistill.core.processes import agreed
-from layerdistill.core.types import Stage
-from layerdistill.signals import TeacherSource
+from layerdistill.core.types import Stage, TeacherSource
 from layerdistill.train.composite import Composite
 from layerdistill.train.config import build_arguments
 from layerdistill.train.interruption import Interruption
@@ -48,7 +47,7 @@ class StageInput:
 
 
 def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) -> None:
-    """Train `stage.student` and the stage's helpers in place; raises Interrupted when the user stopped it.
+    """Train `stage.student` (if any) and the stage's helpers in place; raises Interrupted when the user stopped it.
 
     A stage that ended before is only loaded; one that was interrupted or killed goes on from its newest checkpoint.
     """
@@ -82,7 +81,8 @@ def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) ->
             trainer._save(str(partial))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
-    stage.student.eval()
+    if stage.student is not None:
+        stage.student.eval()
 
 
 def make_trainer(

@@ -48,7 +48,7 @@ class TermLog:
         return self.gradient_steps > 0 and step % self.gradient_steps == 0 and step != self.measured_step
 
     def measure_gradients(self, shares: Mapping[str, Tensor], student: nn.Module, step: int) -> None:
-        """Measure the gradient norm of each term on the student's parameters, without touching `.grad`."""
+        """Measure the gradient norm of each term on the parameters that train, without touching `.grad`."""
         self.measured_step = step
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         for name, share in shares.items():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,9 +21,9 @@ from transformers.utils import logging as hf_logging
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, replace_folder, sync_folder
-from layerdistill.core.types import Batch, Progress, Stage
+from layerdistill.core.types import Batch, Progress, Stage, TeacherSource
 from layerdistill.matching.task_loss import task_loss
-from layerdistill.signals import TeacherSource, student_signal
+from layerdistill.signals import student_signal
 from layerdistill.train.arguments import explained_arguments
 from layerdistill.train.composite import Composite, needs_of, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS
@@ -32,6 +32,8 @@ from layerdistill.train.term_log import TermLog
 from layerdistill.train.units import count_of, sum_units
 
 HELPERS_FILE = "helpers.safetensors"
+STUDENT_FILE = "student.safetensors"
+"""The tensors of a student that is not stock at the moment."""
 
 
 class StageTrainer(Trainer):
@@ -54,7 +56,8 @@ class StageTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.task = task
-        self.teacher_source = teacher
+        self.stage = stage
+        self.teacher_source = stage.teacher or teacher
         self.step_counts: Tensor | None = None
         self.epoch_sampler: EpochSampler | None = None
         self.partial_folder: Path | None = None
@@ -117,7 +120,7 @@ class StageTrainer(Trainer):
             shares[term.name] = shares[term.name] + share if term.name in shares else share
         self.term_log.add(sums)
         if self.term_log.measures_at(self.state.global_step):
-            self.term_log.measure_gradients(shares, composite.student, self.state.global_step)
+            self.term_log.measure_gradients(shares, composite.student or composite.terms, self.state.global_step)
         return torch.stack(list(shares.values())).sum()
 
     def prediction_step(
@@ -139,9 +142,11 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer; one that is not installed is the user's mistake."""
+        """Make the optimizer, with the stage's own learning rates; one that is not installed is the user's mistake."""
         with explained_arguments():
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
+        set_learning_rates(optimizer, self.stage.learning_rates)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Make the learning-rate schedule; one that lacks its arguments is the user's mistake."""
@@ -175,7 +180,7 @@ class StageTrainer(Trainer):
         if self._signature_columns is None:
             student = self.composite.student
             self._signature_columns: Any = [
-                *inspect.signature(student.forward).parameters,
+                *(inspect.signature(student.forward).parameters if student is not None else ()),
                 "label",
                 "label_ids",
                 "labels",
@@ -222,11 +227,15 @@ class StageTrainer(Trainer):
         rotate_checkpoints(str(target.parent), save_total_limit=limit, best_model_checkpoint=best_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the student as a stock `from_pretrained` folder and the helper modules beside it; never a pickle."""
+        """Write the student, as a stock `from_pretrained` folder if it is one, and its helpers; never a pickle."""
         if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
-        save_student(self.composite.student, folder, self.processing_class)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.composite.student is not None and self.stage.stock:
+            save_student(self.composite.student, folder, self.processing_class)
+        elif self.composite.student is not None:
+            save_model(self.composite.student, str(folder / STUDENT_FILE))
         if helpers := {
             name: tensor.detach().cpu().contiguous() for name, tensor in self.composite.helper_state().items()
         }:
@@ -247,19 +256,40 @@ def save_student(student: Any, folder: Path, tokenizer: Any = None) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[tuple[nn.Module, float]]) -> None:
+    """Give the parameters of each module a learning rate of its own, by membership; raises ValueError for overlaps."""
+    rate_of: dict[int, float] = {}
+    for module, rate in rates:
+        for parameter in module.parameters():
+            if id(parameter) in rate_of:
+                raise ValueError("a parameter is in two modules with learning rates of their own")
+            rate_of[id(parameter)] = rate
+    if not rate_of:
+        return
+    groups = []
+    for group in optimizer.param_groups:
+        for rate in dict.fromkeys(rate_of.get(id(parameter), group["lr"]) for parameter in group["params"]):
+            members = [parameter for parameter in group["params"] if rate_of.get(id(parameter), group["lr"]) == rate]
+            groups.append({**group, "params": members, "lr": rate})
+    optimizer.param_groups[:] = groups
+
+
 def load_stage(composite: Composite, folder: Path) -> None:
     """Read a student and its helpers back into the modules they came from; raises UserError when files do not fit.
 
-    The student is opened as transformers opens it, because some architectures are saved under other names than their
-    modules have (GPT-NeoX's head, the experts of a mixture).
+    A stock student is opened as transformers opens it, because some architectures are saved under other names than
+    their modules have (GPT-NeoX's head, the experts of a mixture).
     """
     student = composite.student
     try:
-        with hidden_bars():
-            saved = type(student).from_pretrained(
-                folder, dtype=student.dtype, use_safetensors=True, local_files_only=True
-            )
-        student.load_state_dict(saved.state_dict())
+        if (folder / STUDENT_FILE).exists():
+            load_model(student, folder / STUDENT_FILE)
+        elif student is not None:
+            with hidden_bars():
+                saved = type(student).from_pretrained(
+                    folder, dtype=student.dtype, use_safetensors=True, local_files_only=True
+                )
+            student.load_state_dict(saved.state_dict())
         if (folder / HELPERS_FILE).exists():
             composite.terms.load_state_dict(load_file(folder / HELPERS_FILE))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

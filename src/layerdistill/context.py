@@ -1,0 +1,108 @@
+"""What a method may ask of the run around it: rows to choose by, a score, and a memory of what was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainingArguments
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.files import explained_disk_errors, read_json, write_json
+from layerdistill.core.types import Batch
+from layerdistill.data import CALIBRATION
+from layerdistill.evaluate import LOWER_IS_BETTER, evaluate_model
+from layerdistill.train.config import build_arguments
+from layerdistill.train.stage import StageInput
+
+Chosen = TypeVar("Chosen")
+
+DECISIONS_FILE = "decisions.json"
+
+
+class LiveContext:
+    """The context of a run in a folder; `metrics` are the recipe's, the first of which `score` is."""
+
+    def __init__(self, given: StageInput, metrics: Sequence[str], batch_size: int = 64) -> None:
+        self.given = given
+        self.metrics = list(metrics)
+        self.batch_size = batch_size
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data in one stage, on all processes together, rounded up."""
+        arguments = as_arguments(self.given)
+        if arguments.max_steps <= 0:
+            return math.ceil(arguments.num_train_epochs)
+        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        steps_per_epoch = max(math.ceil(len(self.given.datasets["train"]) / per_step), 1)
+        return math.ceil(arguments.max_steps / steps_per_epoch)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence."""
+        self.given.console.print(sentence, highlight=False, markup=False)
+
+    def decide(self, name: str, choose: Callable[[], Chosen]) -> Chosen:
+        """Return what decisions.json holds under `name`, else choose and write it there."""
+        path = self.given.folder / DECISIONS_FILE
+        PartialState().wait_for_everyone()
+        known: dict[str, Any] = read_json(path) if path.exists() else {}
+        PartialState().wait_for_everyone()
+        if name not in known:
+            known[name] = choose()
+            if PartialState().is_main_process:
+                with explained_disk_errors("The decisions", path):
+                    write_json(path, known)
+        PartialState().wait_for_everyone()
+        return known[name]
+
+    def calibration(self) -> list[Batch]:
+        """Return the calibration rows in batches; raises UserError when none were set aside."""
+        if CALIBRATION not in self.given.datasets:
+            raise UserError("No rows were set aside for choosing. Give the method a `calibration` section.")
+        return list(self._batches(self.given.datasets[CALIBRATION], self.batch_size))
+
+    def score(self, model: nn.Module) -> float:
+        """Return the first metric on the calibration rows, more is better; raises UserError where it is undefined."""
+        found = self._measure(model, CALIBRATION, self.metrics[:1])
+        value = found[self.metrics[0]]
+        if value is None:
+            raise UserError(
+                f"{self.metrics[0]} is undefined on the calibration rows. Take more of them (method.calibration."
+                "examples), or another first metric."
+            )
+        return -value if self.metrics[0] in LOWER_IS_BETTER else value
+
+    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
+        """Return all metrics on the validation split."""
+        return self._measure(model, "validation", self.metrics) if "validation" in self.given.datasets else {}
+
+    def training_batches(self) -> Iterator[Batch]:
+        """Yield the training rows in their order."""
+        return self._batches(self.given.datasets["train"], as_arguments(self.given).train_batch_size)
+
+    def _measure(self, model: nn.Module, split: str, metrics: Sequence[str]) -> dict[str, float | None]:
+        device = PartialState().device
+        dataset, given = self.given.datasets[split], self.given
+        found = evaluate_model(model, dataset, given.collator, given.task, metrics, self.batch_size, device)
+        return found.metrics
+
+    def _batches(self, dataset: Any, size: int) -> Iterator[Batch]:
+        device = PartialState().device
+        for start in range(0, len(dataset), size):
+            rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
+            batch = self.given.collator(rows)
+            yield {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+            }
+
+
+def as_arguments(given: StageInput) -> TrainingArguments:
+    """Return the training arguments of a stage's input, made of a recipe's mapping where that is what it holds."""
+    if isinstance(given.training, TrainingArguments):
+        return given.training
+    return build_arguments(given.training, str(given.folder), given.seed)

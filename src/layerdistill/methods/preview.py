@@ -1,0 +1,33 @@
+"""What `plan` says of a method whose stages can be made without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from layerdistill.core.types import Progress, Stage, StagePreview
+
+
+def preview_stages(stages: Iterable[Stage]) -> list[StagePreview]:
+    """Return what is to be said of stages: terms with their coefficients, layer maps, helper parameters."""
+    return [
+        StagePreview(
+            stage.name,
+            [describe_term(term) for term in stage.terms],
+            [layer_map for term in stage.terms for layer_map in getattr(term, "maps", [])],
+            count_helpers(stage),
+        )
+        for stage in stages
+    ]
+
+
+def describe_term(term: Any) -> str:
+    """Return a term's name with what it is multiplied by at the start."""
+    coefficient = term.coefficient(term.name, Progress())
+    per_pair = " per pair" if term.name == "hidden" else ""
+    return f"{coefficient:g} × {term.name}{per_pair}"
+
+
+def count_helpers(stage: Stage) -> int:
+    """Return how many parameters serve this stage's training only and are thrown away."""
+    return sum(parameter.numel() for parameter in stage.terms.parameters())
