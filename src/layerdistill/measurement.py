@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import nn
 
 from layerdistill.core.errors import UserError
-from layerdistill.evaluate import evaluate_model, measure_costs, save_predictions
+from layerdistill.evaluate import chance_levels, evaluate_model, measure_costs, save_predictions
 from layerdistill.finetune import open_model
 from layerdistill.models import resolve_model_source
 from layerdistill.prepare import Prepared, prepare
@@ -41,6 +41,8 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
         if folder is not None:
             file = "predictions.parquet" if name == "student" else f"predictions-{name}.parquet"
             save_predictions(found.predictions, folder / file)
+    if split in prepared.datasets:
+        result["chance"] = chance_levels(section.metrics_for(data.task), data.task, prepared.datasets[split])
     if section.cost:
         folders = {name: folder_of(model) for name, model in models.items()}
         if folder is not None:

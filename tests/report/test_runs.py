@@ -21,6 +21,8 @@ def write_run(folder: Path, method: str, seed: int, accuracy: float, **changes: 
     found = {
         "student": {"accuracy": accuracy},
         "teacher": {"accuracy": 0.9},
+        "chance": {"accuracy": 0.5},
+        "thrown_away_parameters": 77,
         "cost": {"student": cost, "teacher": {**cost, "parameters": {"total": 40}}},
     }
     (run / "evaluation.json").write_text(json.dumps(found))
@@ -37,6 +39,16 @@ def test_one_row_per_method_over_its_seeds(tmp_path: Path, capsys: pytest.Captur
     main([str(tmp_path)])
     printed = capsys.readouterr().out
     assert "0.8200 ± 0.0200" in printed
+    cells = [cell.strip() for cell in printed.splitlines()[4].split("|")]
+    assert cells[3:5] == ["91.1", "80.0"], "retained, and retained above chance: (0.82 - 0.5) / (0.9 - 0.5)"
+    assert "77.0" in cells
+
+
+def test_the_folder_says_more_than_the_method(tmp_path: Path) -> None:
+    write_run(tmp_path, "kd", 3, 0.8)
+    (tmp_path / "kd-3").rename(tmp_path / "kd-6blocks-3")
+    write_run(tmp_path, "kd", 3, 0.7)
+    assert [row.name for row in collect_rows(tmp_path)] == ["teacher", "kd (1 seeds)", "kd-6blocks (1 seeds)"]
 
 
 def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_folder_holds_what_the_design_says(task: str, runs: dict[str, Any]) 
     }  # fmt: skip
     assert {path.suffix for path in result.student.iterdir()} <= {".json", ".safetensors"}, "no pickle"
     evaluation = json.loads((result.folder / "evaluation.json").read_text())
-    assert set(evaluation) == {"split", "student", "teacher", "cost", "thrown_away_parameters"}
+    assert set(evaluation) == {"split", "student", "teacher", "chance", "cost", "thrown_away_parameters"}
     assert evaluation["split"] == "validation"
     assert set(evaluation["student"]) == set(evaluation["teacher"]) == METRICS[task]
     assert set(evaluation["cost"]) == {"student", "teacher"}

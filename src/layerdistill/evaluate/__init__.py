@@ -9,6 +9,7 @@ HOMES = {
     "EvaluationConfig": "config",
     "LOWER_IS_BETTER": "config",
     "metric_problems": "config",
+    "chance_levels": "chance",
     "EvaluationResult": "evaluator",
     "evaluate_model": "evaluator",
     "metrics_in_training": "evaluator",
@@ -23,6 +24,7 @@ __all__ = [
     "LOWER_IS_BETTER",
     "EvaluationConfig",
     "EvaluationResult",
+    "chance_levels",
     "compute_metrics",
     "evaluate_model",
     "measure_cost",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from layerdistill.evaluate.chance import chance_levels
     from layerdistill.evaluate.config import LOWER_IS_BETTER, EvaluationConfig, metric_problems
     from layerdistill.evaluate.cost import measure_cost, measure_costs
     from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training

@@ -42,7 +42,9 @@ FIGURE_DPI = 200
 class ComparisonRow:
     """One model or method: its metrics over seeds and its cost.
 
-    `latency_ms` maps a batch size, as text, to milliseconds. The other models retain a share of the teacher's metrics.
+    `latency_ms` maps a batch size, as text, to milliseconds. The other models retain a share of the teacher's metrics;
+    `chance` (the teacher's row has it) is what the best constant answer gets. `thrown_away` counts the parameters that
+    only the training used.
     """
 
     name: str
@@ -51,14 +53,25 @@ class ComparisonRow:
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     size_mb: float | None = None
     is_teacher: bool = False
+    chance: Mapping[str, float] = field(default_factory=dict)
+    thrown_away: int | None = None
 
     @classmethod
     def from_cost(
-        cls, name: str, metrics: Mapping[str, Values], cost: Mapping[str, Any], is_teacher: bool = False
+        cls,
+        name: str,
+        metrics: Mapping[str, Values],
+        cost: Mapping[str, Any],
+        is_teacher: bool = False,
+        chance: Mapping[str, float] | None = None,
+        thrown_away: int | None = None,
     ) -> ComparisonRow:
         """Make a row of metrics and of a cost as `evaluate.cost.measure_cost` gives it (empty where not measured)."""
         parameters = cost.get("parameters", {}).get("total")
-        return cls(name, metrics, parameters, cost.get("latency_ms", {}), cost.get("size_mb"), is_teacher)
+        return cls(
+            name, metrics, parameters, cost.get("latency_ms", {}), cost.get("size_mb"), is_teacher, chance or {},
+            thrown_away,
+        )  # fmt: skip
 
     def seeds(self, metric: str) -> list[float]:
         """Return the defined values of `metric`, one per seed."""
@@ -83,6 +96,24 @@ def retained(row: ComparisonRow, rows: Sequence[ComparisonRow], metric: str) -> 
     if mean is None or teacher is None or mean <= 0 or teacher <= 0:
         return None
     return 100.0 * (teacher / mean if metric in LOWER_IS_BETTER else mean / teacher)
+
+
+def retained_above_chance(row: ComparisonRow, rows: Sequence[ComparisonRow], metric: str) -> float | None:
+    """Return `100 (m - c) / (m_teacher - c)`, c being what the best constant answer gets; perplexities as logarithms.
+
+    Negative where a model is worse than a constant. None without a teacher that is better than chance.
+    """
+    mean, _ = mean_and_deviation(row.seeds(metric))
+    teachers = [other for other in rows if other.is_teacher]
+    teacher, _ = mean_and_deviation([value for other in teachers for value in other.seeds(metric)])
+    chance = next((other.chance[metric] for other in teachers if metric in other.chance), None)
+    if mean is None or teacher is None or chance is None:
+        return None
+    if metric == "perplexity":
+        mean, teacher, chance = math.log(mean), math.log(teacher), math.log(chance)
+    room = chance - teacher if metric in LOWER_IS_BETTER else teacher - chance
+    gained = chance - mean if metric in LOWER_IS_BETTER else mean - chance
+    return 100.0 * gained / room if room > 0 else None
 
 
 def comparison_table(rows: Sequence[ComparisonRow], title: str | None = None) -> Table:
@@ -206,12 +237,18 @@ def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     compared = bool(names) and any(row.is_teacher for row in rows)
     if compared:
         header.insert(2, "retained\n%")
+    above_chance = compared and any(row.chance for row in rows)
+    if above_chance:
+        header.insert(3, "above chance\n%")
     lines = []
     for number, row in enumerate(rows):
         line = [row.name, *(_number_with_deviation(row.seeds(name)) for name in names)]
         if compared:
             share = retained(row, rows, names[0])
             line.insert(2, MISSING if share is None else f"{share:.1f}")
+        if above_chance:
+            above = retained_above_chance(row, rows, names[0])
+            line.insert(3, MISSING if above is None else f"{above:.1f}")
         lines.append([*line, *(_number(values[number]) for _, values in costs)])
     return header, lines
 
@@ -224,6 +261,7 @@ def _cost_columns(rows: Sequence[ComparisonRow]) -> list[tuple[str, list[float |
     for batch in batches:
         columns.append((f"latency (ms)\nbatch {batch}", [row.latency_ms.get(str(batch)) for row in rows]))
     columns.append(("size\n(MB)", [row.size_mb for row in rows]))
+    columns.append(("thrown\naway", [row.thrown_away for row in rows]))
     return [(label, values) for label, values in columns if any(value is not None for value in values)]
 
 
