@@ -21,7 +21,7 @@ RANKS = {
     "finetune": 7, "run_folder": 7, "context": 7,
     "measurement": 8,
     "runner": 9, "plan": 9, "api": 9,
-    "study": 10,
+    "study": 10, "diagnosis": 10,
     "report": 11,
     "demo": 12,
     "cli": 13,

@@ -17,6 +17,7 @@ HOMES = {
     "run": "runner",
     "RunResult": "run_folder",
     "load_student": "models",
+    "save_student": "train.trainer",
     "make_student": "models",
     "capture": "signals",
     "layer_map": "matching",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from layerdistill.runner import run
     from layerdistill.signals import capture
     from layerdistill.train.config import LayerDistillationConfig
+    from layerdistill.train.trainer import save_student
 
 
 def __getattr__(name: str) -> Any:

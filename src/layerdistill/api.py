@@ -22,7 +22,8 @@ from layerdistill.core.types import Method, Pair
 from layerdistill.data import Collator, fingerprint_dataset, set_aside
 from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
-from layerdistill.models import depths, make_student, widths
+from layerdistill.models import depths, make_student, unwrap, widths
+from layerdistill.models.adapters import peft_adapters
 from layerdistill.recipe import explain
 from layerdistill.signals import LiveTeacher
 from layerdistill.train.config import LayerDistillationConfig
@@ -54,14 +55,19 @@ def task_of(model: Any) -> str:
 
 
 def make_pair(teacher: Any, student: Any, seed: int = 42) -> Pair:
-    """Return a teacher and a student, as loaded, with what a method must know of them."""
+    """Return a teacher and a student, as loaded, with what a method must know of them.
+
+    A teacher wrapped in peft stays as it is; the pair holds the model inside, and the adapters' A matrices.
+    """
     task = task_of(student)
+    adapters = peft_adapters(teacher)
+    teacher = unwrap(teacher) if adapters is not None else teacher
     rows = [model.config.vocab_size for model in (teacher, student) if model is not None]
     return Pair(
         teacher, student, task,
         depths(teacher) if teacher is not None else {}, depths(student),
         widths(teacher) if teacher is not None else {}, widths(student),
-        min(rows) if task == "causal-lm" else None, seed,
+        min(rows) if task == "causal-lm" else None, seed, adapters,
     )  # fmt: skip
 
 
@@ -144,13 +150,13 @@ class LayerDistillationTrainer(StageTrainer):
         args = args or LayerDistillationConfig(output_dir="runs/trainer")
         config = method_config(method, method_options or {})
         pair = make_pair(teacher_model, model, args.seed)
-        check_method(config, pair)
         chosen = find_method(config.name)
         if not chosen.one_stage:
             raise UserError(
                 f"The method {config.name!r} is more than one stage of training. Use layerdistill.distill(...) or a "
                 "recipe."
             )
+        check_method(config, pair)
         tokenizer = options.get("processing_class")
         if options.get("data_collator") is None and tokenizer is not None:
             options["data_collator"] = Collator(tokenizer, pair.task)

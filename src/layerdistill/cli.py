@@ -68,6 +68,26 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    source: Annotated[
+        Path, typer.Argument(metavar="RECIPE_OR_RUN", help="Recipe file, or a finished run folder.", show_default=False)
+    ],
+    set_: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Where results are written.", show_default="diagnose/")] = None,
+    examples: Annotated[int, typer.Option(help="Rows of the validation split to look at.")] = 256,
+    parts: Annotated[
+        str | None,
+        typer.Option(help="Some of angles,gradients,similarity,importance,clusterability.", show_default="all"),
+    ] = None,
+    flatten: Annotated[bool, typer.Option(help="Cluster whole token matrices, padding too, not their means.")] = False,
+) -> None:
+    """Look at teacher and student: angles and gradients with their null, similarity, importance, clusterability."""
+    from layerdistill.diagnosis import diagnose as run_diagnosis
+
+    run_diagnosis(source, set_, output, examples, parts, flatten, console)
+
+
+@app.command()
 def methods() -> None:
     """List the methods."""
     from layerdistill.methods.table import METHODS

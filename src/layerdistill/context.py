@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +17,14 @@ from layerdistill.core.files import explained_disk_errors, read_json, write_json
 from layerdistill.core.types import Batch
 from layerdistill.data import CALIBRATION
 from layerdistill.evaluate import LOWER_IS_BETTER, evaluate_model
-from layerdistill.train.config import build_arguments
+from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput
 
 Chosen = TypeVar("Chosen")
 
 DECISIONS_FILE = "decisions.json"
+
+DEFAULTS = {item.name: item.default for item in fields(LayerDistillationConfig)}
 
 
 class LiveContext:
@@ -35,12 +38,12 @@ class LiveContext:
     @property
     def epochs(self) -> int:
         """Passes over the training data in one stage, on all processes together, rounded up."""
-        arguments = as_arguments(self.given)
-        if arguments.max_steps <= 0:
-            return math.ceil(arguments.num_train_epochs)
-        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        steps_per_epoch = max(math.ceil(len(self.given.datasets["train"]) / per_step), 1)
-        return math.ceil(arguments.max_steps / steps_per_epoch)
+        max_steps = self._argument("max_steps")
+        if max_steps <= 0:
+            return math.ceil(self._argument("num_train_epochs"))
+        per_step = self._argument("per_device_train_batch_size") * self._argument("gradient_accumulation_steps")
+        steps = math.ceil(len(self.given.datasets["train"]) / (per_step * PartialState().num_processes))
+        return math.ceil(max_steps / max(steps, 1))
 
     def say(self, sentence: str) -> None:
         """Print a sentence."""
@@ -83,7 +86,14 @@ class LiveContext:
 
     def training_batches(self) -> Iterator[Batch]:
         """Yield the training rows in their order."""
-        return self._batches(self.given.datasets["train"], as_arguments(self.given).train_batch_size)
+        return self._batches(self.given.datasets["train"], self._argument("per_device_train_batch_size"))
+
+    def _argument(self, name: str) -> Any:
+        """Return a training argument; TrainingArguments are not built for it, which would disturb a running trainer."""
+        training = self.given.training
+        if isinstance(training, TrainingArguments):
+            return getattr(training, name)
+        return training.get(name, DEFAULTS[name])
 
     def _measure(self, model: nn.Module, split: str, metrics: Sequence[str]) -> dict[str, float | None]:
         device = PartialState().device
@@ -99,10 +109,3 @@ class LiveContext:
             yield {
                 name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
             }
-
-
-def as_arguments(given: StageInput) -> TrainingArguments:
-    """Return the training arguments of a stage's input, made of a recipe's mapping where that is what it holds."""
-    if isinstance(given.training, TrainingArguments):
-        return given.training
-    return build_arguments(given.training, str(given.folder), given.seed)

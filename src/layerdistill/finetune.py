@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
@@ -23,7 +24,16 @@ from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset, padding_id
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_model
-from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments
+from layerdistill.models.adapter_files import find_peft_folder, load_matrices, merge_peft_folder, save_matrices
+from layerdistill.models.adapters import (
+    adapter_matrices,
+    add_adapters,
+    merge_adapters,
+    svd_adapters,
+    train_adapters_and_head,
+)
+from layerdistill.models.config import AdapterConfig
+from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments, svd_rank
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -34,25 +44,37 @@ DEFAULT_SEED = 42
 """The teacher's seed where `teacher.finetune` has none: not the recipe's, so that all seeds of a study share it."""
 
 
+ADAPTERS_FOLDER = "adapters"
+"""The folder of A and B matrices inside that of a fine-tuned teacher: no part of the model, whose size is measured."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher with weights that fit the task and, where there are any, the A matrices of its adapters by module path.
+
+    The adapters are merged into the weights. `model` is None in a recipe without a teacher.
+    """
+
+    model: nn.Module | None
+    adapters: Mapping[str, Tensor] | None = None
+
+
 def kept_teachers() -> Path:
     """Return the folder of fine-tuned teachers: `$LAYERDISTILL_HOME`, else `~/.cache/layerdistill`."""
     home = os.environ.get("LAYERDISTILL_HOME")
     return (Path(home) if home else Path.home() / ".cache" / "layerdistill") / "teachers"
 
 
-def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], console: Console) -> nn.Module | None:
+def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], console: Console) -> Teacher:
     """Return the teacher with weights that fit the task, fine-tuning it first if the recipe asks for that.
 
     Raises UserError when its head would be random and nothing trains it.
     """
     section = prepared.recipe.teacher
     if section is None:
-        return None
+        return Teacher(None)
     if section.finetune is None:
-        assert prepared.teacher_source is not None, "an architecture comes with finetune"
-        loaded = open_model(prepared, prepared.teacher_source, section, section.dtype)
-        refuse_random_head(prepared, loaded)
-        return loaded.model
+        return open_teacher(prepared, section)
     # Trained in float32 whatever the dtype it is run in: bf16 weights lose small updates.
     start = starting_model(prepared, section)
     name = teacher_fingerprint(prepared, start)
@@ -63,7 +85,44 @@ def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], c
         if not agreed(folder.exists()):
             console.print(f"Training the teacher ({section.name}) on the task; it is kept in {folder} and reused.")
             make_teacher(prepared, start, folder, make_input)
-    return open_model(prepared, str(folder), section, section.dtype).model
+        adapters = kept_adapters(prepared, section, folder)
+    return Teacher(open_model(prepared, str(folder), section, section.dtype).model, adapters)
+
+
+def open_teacher(prepared: Prepared, section: TeacherConfig) -> Teacher:
+    """Return a teacher that is not fine-tuned here, with the adapters that the recipe names merged into it."""
+    assert prepared.teacher_source is not None, "an architecture comes with finetune"
+    if section.adapters is None:
+        loaded = open_model(prepared, prepared.teacher_source, section, section.dtype)
+        refuse_random_head(prepared, loaded)
+        return Teacher(loaded.model)
+    # Merged in float32 whatever the dtype it is run in: bf16 weights lose small updates.
+    auto = section.dtype == "auto"
+    loaded = open_model(prepared, prepared.teacher_source, section, "auto" if auto else "float32")
+    adapters, replaced = merge_peft_folder(loaded.model, find_peft_folder(section.adapters, prepared.recipe.base))
+    fresh = tuple(name for name in loaded.fresh_keys if name not in replaced)
+    refuse_random_head(prepared, replace(loaded, fresh_keys=fresh))
+    model: nn.Module = loaded.model.eval().requires_grad_(True)
+    return Teacher(model if auto else model.to(getattr(torch, section.dtype)), adapters)
+
+
+def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> dict[str, Tensor] | None:
+    """Return the A matrices of a kept teacher: those it was trained with, or those that the method asks to be made."""
+    assert section.finetune is not None, "only such teachers are kept"
+    if "lora" in section.finetune:
+        return load_matrices(folder / ADAPTERS_FOLDER / "lora.safetensors")
+    rank = svd_rank(prepared.recipe)
+    if rank is None:
+        return None
+    place = folder / ADAPTERS_FOLDER / f"svd-{rank}"
+    if not agreed(place.exists()):
+        if PartialState().is_main_process:
+            finetuned = open_model(prepared, str(folder), section, "float32").model
+            matrices = svd_adapters(finetuned, starting_model(prepared, section), rank)
+            with explained_disk_errors("The teacher's adapters", place), whole_folder(place) as partial:
+                save_matrices(partial / "svd.safetensors", matrices, {"rank": rank})
+        PartialState().wait_for_everyone()
+    return load_matrices(place / "svd.safetensors")
 
 
 def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replace_head: bool = False) -> LoadedModel:
@@ -109,6 +168,7 @@ def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
 def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
     """Return what identifies a fine-tuned teacher: first weights, tokenised training data, arguments, versions."""
     assert prepared.recipe.teacher is not None
+    lora = "lora" in (prepared.recipe.teacher.finetune or {})
     return fingerprint_json(
         {
             "weights": fingerprint_model(model),
@@ -118,7 +178,7 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
             "task": prepared.recipe.data.task,
             "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
             "finetune": prepared.recipe.teacher.finetune,
-            "versions": [torch.__version__, transformers.__version__],
+            "versions": [torch.__version__, transformers.__version__, *([peft.__version__] if lora else [])],
         }
     )
 
@@ -129,19 +189,31 @@ def make_teacher(prepared: Prepared, model: nn.Module, folder: Path, make_input:
     work = folder.with_name(f"{folder.name}.work")
     seed = int(prepared.recipe.teacher.finetune.get("seed", DEFAULT_SEED))
     given = replace(make_input(work), training=finetune_arguments(prepared.recipe), seed=seed)
-    stage = Stage("teacher", model, nn.ModuleList([TaskTerm(prepared.recipe.data.task, 1.0)]))
+    lora = prepared.recipe.teacher.finetune.get("lora")
+    if lora is not None:
+        shape = AdapterConfig(**lora)
+        add_adapters(model, shape.rank, shape.scale, shape.dropout, seed)
+        train_adapters_and_head(model)
+    stage = Stage("teacher", model, nn.ModuleList([TaskTerm(prepared.recipe.data.task, 1.0)]), stock=lora is None)
     run_stage(stage, given, teacher=None)
+    matrices = adapter_matrices(model)
+    merge_adapters(model)
     if PartialState().is_main_process:
-        keep_teacher(prepared, model, folder)
+        keep_teacher(prepared, model, folder, matrices)
         shutil.rmtree(work, ignore_errors=True)
     PartialState().wait_for_everyone()
 
 
-def keep_teacher(prepared: Prepared, model: nn.Module, folder: Path) -> None:
-    """Write a fine-tuned teacher, with what it was made from, to its place."""
-    assert prepared.recipe.teacher is not None
+def keep_teacher(
+    prepared: Prepared, model: nn.Module, folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Write a fine-tuned teacher, with what it was made from and the A and B merged into it, to its place."""
+    assert prepared.recipe.teacher is not None and prepared.recipe.teacher.finetune is not None
     with explained_disk_errors("The fine-tuned teacher", folder), whole_folder(folder) as partial:
         save_student(model, partial, prepared.tokenizer)
+        if matrices:
+            note = prepared.recipe.teacher.finetune["lora"]
+            save_matrices(partial / ADAPTERS_FOLDER / "lora.safetensors", matrices, note)
         write_json(
             partial / "made_from.json",
             {

@@ -34,6 +34,7 @@ from layerdistill.models import (
     shrink_config,
     widths_from_config,
 )
+from layerdistill.models.adapter_files import planned_adapters
 from layerdistill.recipe import Recipe
 from layerdistill.train.arguments import training_problems
 from layerdistill.train.config import LayerDistillationConfig, build_arguments
@@ -216,9 +217,14 @@ def section_problems(recipe: Recipe) -> list[str]:
 
 
 def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Return the teacher's own training arguments, without its seed, which is not the recipe's."""
+    """Return the teacher's own training arguments, without its seed, which is not the recipe's, and its adapters."""
     assert recipe.teacher is not None and recipe.teacher.finetune is not None
-    return {name: value for name, value in recipe.teacher.finetune.items() if name != "seed"}
+    return {name: value for name, value in recipe.teacher.finetune.items() if name not in ("seed", "lora")}
+
+
+def svd_rank(recipe: Recipe) -> int | None:
+    """Return the rank of the adapters that the method wants taken out of the teacher's fine-tuning, if it does."""
+    return recipe.method.rank if getattr(recipe.method, "teacher_adapters", None) == "svd" else None  # type: ignore[union-attr]
 
 
 def shape_of(recipe: Recipe) -> dict[str, Any]:
@@ -264,6 +270,7 @@ def pair_without_models(
         student_width=widths_from_config(student),
         vocab_size=vocabulary.vocab_size if vocabulary is not None and is_language_model else None,
         seed=recipe.seed,
+        teacher_adapters=planned_adapters(recipe.teacher, teacher, recipe.data.task, recipe.base, svd_rank(recipe)),
     )
 
 

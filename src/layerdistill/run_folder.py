@@ -28,6 +28,7 @@ from layerdistill.prepare import Prepared
 from layerdistill.recipe import Recipe, dump_recipe
 
 RECIPE_FILE, EVALUATION_FILE, STUDENT_FOLDER = "recipe.yaml", "evaluation.json", "student"
+DIAGNOSIS_FOLDER = "diagnose"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def forget(folder: Path) -> None:
     """Delete what an earlier run left in the folder; nothing but a run's own files is touched."""
     if PartialState().is_main_process:
         # A kill in here must not leave a student or a checkpoint that the next run takes for its own.
-        for name in (STUDENT_FOLDER, "checkpoints", "helpers"):
+        for name in (STUDENT_FOLDER, DIAGNOSIS_FOLDER, "checkpoints", "helpers"):
             if (folder / name).exists():
                 (folder / name).rename(folder / f"{PARTIAL_PREFIX}old-{name}")
         for path in folder.glob("predictions*.parquet"):

@@ -17,8 +17,7 @@ from layerdistill.core.types import Pair
 from layerdistill.evaluate import metrics_in_training
 from layerdistill.finetune import load_teacher, open_model
 from layerdistill.measurement import measure
-from layerdistill.methods.preview import count_helpers
-from layerdistill.models import make_student
+from layerdistill.models import freeze_embeddings, make_student
 from layerdistill.prepare import Prepared, prepare, shape_of
 from layerdistill.recipe import Recipe, load_recipe
 from layerdistill.run_folder import (
@@ -60,7 +59,8 @@ def run(
                 return read_result(folder)
         prepared = prepare(recipe, memory)
         teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
-        pair = replace(prepared.pair, teacher=teacher, student=load_student_model(prepared, teacher))
+        student = load_student_model(prepared, teacher.model)
+        pair = replace(prepared.pair, teacher=teacher.model, student=student, teacher_adapters=teacher.adapters)
         # Only now nothing of the recipe can be wrong any more, and what an earlier run left may go.
         if again:
             forget(folder)
@@ -75,16 +75,16 @@ def train(prepared: Prepared, pair: Pair, folder: Path, console: Console) -> int
     source = LiveTeacher(pair.teacher) if pair.teacher is not None else None
     metrics = prepared.recipe.evaluation.metrics_for(prepared.recipe.data.task)
     context = LiveContext(given, metrics, prepared.recipe.evaluation.batch_size)
-    thrown_away = 0
+    helpers: dict[int, nn.Parameter] = {}
     for stage in prepared.method.stages(pair, prepared.recipe.method, context):
         run_stage(stage, given, source)
-        thrown_away += count_helpers(stage)
+        helpers |= {id(parameter): parameter for parameter in stage.terms.parameters()}  # a filter serves two stages
     target = folder / STUDENT_FOLDER
     if PartialState().is_main_process:
         with explained_disk_errors("The student", target), whole_folder(target) as partial:
             save_student(pair.student, partial, prepared.tokenizer)
     PartialState().wait_for_everyone()
-    return thrown_away
+    return sum(parameter.numel() for parameter in helpers.values())
 
 
 def evaluate_run(prepared: Prepared, pair: Pair, folder: Path, thrown_away: int) -> RunResult:
@@ -99,7 +99,15 @@ def evaluate_run(prepared: Prepared, pair: Pair, folder: Path, thrown_away: int)
 
 
 def load_student_model(prepared: Prepared, teacher: nn.Module | None) -> nn.Module:
-    """Return the student at its start: cut out of the teacher, a copy of it, or a pretrained model of its own."""
+    """Return the student at its start, with the embeddings frozen if its section says so."""
+    student = starting_student(prepared, teacher)
+    if prepared.recipe.student is not None and prepared.recipe.student.freeze_embeddings:
+        freeze_embeddings(student)
+    return student
+
+
+def starting_student(prepared: Prepared, teacher: nn.Module | None) -> nn.Module:
+    """Return the student: cut out of the teacher, a copy of it, or a pretrained model of its own."""
     section = prepared.recipe.student
     if prepared.student_source is not None:
         assert section is not None, "the source is the section's"

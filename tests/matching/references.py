@@ -41,6 +41,17 @@ def normalised_mse(student: list[Array], teacher: list[Array]) -> float:
     return total / len(student)
 
 
+def layer_norm_mse(student: list[Array], teacher: list[Array]) -> float:
+    """Yu et al.'s T5 code without padding: one mean and one variance for a whole layer, eps 1e-5, then masked MSE."""
+    sides = []
+    for rows in (student, teacher):
+        entries = [float(entry) for row in rows for entry in row]
+        mean = sum(entries) / len(entries)
+        variance = sum((entry - mean) ** 2 for entry in entries) / len(entries)
+        sides.append([(row - mean) / math.sqrt(variance + 1e-5) for row in rows])
+    return masked_mse(*sides)
+
+
 def softmax(logits: Array, temperature: float) -> Array:
     weights = np.array([math.exp((z - logits.max()) / temperature) for z in logits])
     return weights / weights.sum()

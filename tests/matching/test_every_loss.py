@@ -20,6 +20,7 @@ from layerdistill.matching import (
     cosine_loss,
     forward_kl,
     js_divergence,
+    layer_norm_mse,
     logit_mse,
     masked_mse,
     normalised_mse,
@@ -54,6 +55,7 @@ LOSSES = {
     ),
     "cosine_loss": Loss(cosine_loss, references.cosine_loss),
     "normalised_mse": Loss(normalised_mse, references.normalised_mse),
+    "layer_norm_mse": Loss(partial(layer_norm_mse), references.layer_norm_mse, adds_up=False),
     **{
         f"{function.__name__}/{temperature}": Loss(
             partial(function, temperature=temperature), partial(reference, temperature=temperature)
@@ -121,7 +123,7 @@ def test_value_is_the_equation_over_real_tokens(loss: Loss) -> None:
     assert mean.value.item() == pytest.approx(expected, rel=1e-10)
     assert mean.total.shape == mean.count.shape == ()
     assert mean.total.dtype == mean.count.dtype == torch.float64
-    assert mean.count.item() == (10 if loss.adds_up or loss.call.func is masked_mse else 1)  # type: ignore[attr-defined]
+    assert mean.count.item() == (10 if loss.adds_up or loss.call.func in (masked_mse, layer_norm_mse) else 1)  # type: ignore[attr-defined]
 
 
 @each_loss

@@ -55,6 +55,35 @@ def test_average_of_24_to_6_is_in_fours() -> None:
     assert found.pairs[:5] == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 5)]
 
 
+@pytest.mark.parametrize(("depths", "target"), [((12, 3), 6), ((12, 6), 6), ((12, 9), 6), ((36, 9), 18)], ids=str)
+def test_all_to_one_is_the_published_layer_for_the_embeddings_too(depths: tuple[int, int], target: int) -> None:
+    """hidden_states[6] of 12 for BERT, BART and T5, hidden_states[18] of 36 for Qwen3 (Yu et al.'s released code)."""
+    teacher, student = depths
+    assert layer_map("all_to_one", student, teacher).pairs == [(layer, target) for layer in range(1, student + 1)]
+    with_embeddings = layer_map("all_to_one", student, teacher, embeddings=True)
+    assert with_embeddings.pairs == [(layer, target) for layer in range(student + 1)]
+
+
+@pytest.mark.parametrize(("depths", "blocks"), FORWARD_BLOCKS.items(), ids=str)
+def test_random_is_one_permutation_of_the_forward_targets_for_a_whole_run(
+    depths: tuple[int, int], blocks: list[int]
+) -> None:
+    teacher, student = depths
+    found = layer_map("random", student, teacher, seed=4)
+    assert sorted(target - 1 for _, target in found.pairs) == blocks
+    assert all(found.at(epoch, step) == found.pairs for epoch, step in ((0, 0), (1, 50), (7, 999)))
+
+
+def test_in_order_random_of_24_to_6_is_drawn_from_the_seed_and_the_epoch_alone() -> None:
+    """What a resumed run needs: a map made anew, asked about a later epoch only, says what the first one said."""
+    first = layer_map("in_order_random", 6, 24, seed=9, redraw="epoch")
+    draws = [first.at(epoch, 1000 * epoch) for epoch in range(20)]
+    for epoch in (19, 7, 0):
+        assert layer_map("in_order_random", 6, 24, seed=9, redraw="epoch").at(epoch, 3) == draws[epoch]
+    assert len({tuple(draw) for draw in draws}) > 15
+    assert {target for draw in draws for _, target in draw} == set(range(1, 25)), "in time every teacher block teaches"
+
+
 def test_all_to_one_goes_to_the_middle_or_where_it_is_told() -> None:
     assert targets("all_to_one", 3, 12) == [6, 6, 6]
     assert targets("all_to_one", 9, 36) == [18] * 9

@@ -1,74 +1,153 @@
-"""Every method x every fitting family: it learns, moves only what should move, and leaves a stock student."""
+"""Every method x every fitting family: it learns, leaves its teacher alone, resumes exactly, gives a student that opens."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import transformers
+from method_cases import FAMILIES, OPTIONS, auto_class, make_start, make_teacher, task_of
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from toy import ToyCollator, toy_dataset
+from toy_recipe import toy_tokenizer
 from transformers import PreTrainedModel
 
 import layerdistill as ld
 from layerdistill.core.fingerprint import fingerprint_model
 from layerdistill.methods.table import METHODS
+from layerdistill.train.trainer import StageTrainer
 
-ENCODERS = ("bert", "roberta", "deberta-v2", "modernbert")
-DECODERS = ("gpt2", "opt", "gpt-neox", "llama", "qwen3", "phi")
 STEPS = 30
+ONE_STAGE = [name for name in METHODS if METHODS[name].one_stage]
+PAIRS = [(method, family) for method in METHODS for family in FAMILIES]
 
-PAIRS = [(method, family) for method in METHODS for family in (*ENCODERS, *DECODERS)]
 
-
-def task_and_class(family: str) -> tuple[str, str, type]:
-    if family in DECODERS:
-        return "causal-lm", "causal-lm", transformers.AutoModelForCausalLM
-    return "sequence-classification", "sequence-classification", transformers.AutoModelForSequenceClassification
+def distilled(method: str, family: str, folder: Path, steps: int, **changes: Any) -> tuple[Any, PreTrainedModel]:
+    """Run a method from its start with a teacher of its own; return the teacher and the student."""
+    teacher = make_teacher(method, family)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
+        save_steps=4, logging_steps=5, disable_tqdm=True, lr_scheduler_type="constant", seed=11,
+        dataloader_pin_memory=False, **changes,
+    )  # fmt: skip
+    before = fingerprint_model(teacher)
+    result = ld.distill(
+        teacher if method != "none" else None, make_start(method, family, teacher),
+        toy_dataset(task_of(family), size=56, seed=3), method=method, processing_class=toy_tokenizer(), args=args,
+        **OPTIONS.get(method, {}),
+    )  # fmt: skip
+    assert fingerprint_model(teacher) == before, "the teacher keeps its weights"
+    return teacher, result.student
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{method}-{family}" for method, family in PAIRS])
 def test_contract(method: str, family: str, tmp_path: Path) -> None:
-    task, head, auto_class = task_and_class(family)
-    teacher = tiny_model(family, head, num_layers=4, hidden_size=32, num_heads=4, seed=1)
-    student = ld.make_student(teacher, num_blocks=2, hidden_size=16, init="truncate")
-    stock_keys = set(type(student)(student.config).state_dict())
-    before = fingerprint_model(teacher)
-    start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-    rows = toy_dataset(task, size=48, seed=3)
-    args = ld.LayerDistillationConfig(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
-        save_strategy="no", logging_steps=10, disable_tqdm=True, lr_scheduler_type="constant", seed=11,
-    )  # fmt: skip
-    trainer = ld.LayerDistillationTrainer(
-        student, teacher if method != "none" else None, method, args, rows, data_collator=ToyCollator(task)
-    )
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert losses[-1] < losses[0], f"thirty steps lower the objective: {losses}"
-    assert fingerprint_model(teacher) == before, "the teacher keeps its weights"
-    moved = [name for name, parameter in student.named_parameters() if not torch.equal(parameter, start[name])]
-    assert len(moved) >= 0.9 * len(start), "the student learns in (nearly) all its tensors"
-    assert set(student.state_dict()) == stock_keys
-    reopens(student, tmp_path / "student", auto_class, rows, task, trainer)
+    teacher, student = distilled(method, family, tmp_path / "run", STEPS)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stages = list(dict.fromkeys(line["stage"] for line in lines))
+    for stage in stages:
+        losses = [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
+        assert min(losses[-2:]) < losses[0] or len(losses) == 1, f"training lowers the objective of {stage}: {losses}"
+    reopens(student, tmp_path / "student", family)
+    if METHODS[method].grows_student:
+        size = sum(parameter.numel() for parameter in student.parameters())
+        assert size < sum(parameter.numel() for parameter in teacher.parameters())
 
 
-def reopens(student: PreTrainedModel, folder: Path, auto_class: type, rows: object, task: str, trainer: object) -> None:
-    """The saved student opens with plain transformers, without foreign keys, and gives the same logits."""
-    trainer.save_model(str(folder))
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}, "no pickle"
-    again, info = auto_class.from_pretrained(folder, output_loading_info=True)
+@pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{method}-{family}" for method, family in PAIRS])
+def test_stopped_at_any_step_and_resumed(
+    method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies in the middle of a step and is started again ends with the same bits."""
+    _, whole = distilled(method, family, tmp_path / "whole", 9)
+    steps = len(trained_steps(tmp_path / "whole"))
+    left = [2 * steps // 3]
+    step = StageTrainer.training_step
+
+    def dying(self: StageTrainer, *args: Any, **options: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise SystemExit(9)
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(StageTrainer, "training_step", dying)
+    with pytest.raises(SystemExit):
+        distilled(method, family, tmp_path / "again", 9)
+    left[0] = -1
+    _, resumed = distilled(method, family, tmp_path / "again", 9)
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def trained_steps(folder: Path) -> list[tuple[str, int]]:
+    """Every optimisation step of a run: the last step of each of its stages tells how many there were."""
+    last: dict[str, int] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        last[found["stage"]] = max(found["step"], last.get(found["stage"], 0))
+    return [(stage, step) for stage, count in last.items() for step in range(count)]
+
+
+def reopens(student: PreTrainedModel, folder: Path, family: str) -> None:
+    """The saved student opens, with plain transformers if its blocks are stock, and gives the same logits."""
+    ld.save_student(student, folder)
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".py"}, "no pickle"
+    own_code = (folder / "modeling_layerdistill.py").exists()
+    again, info = auto_class(family).from_pretrained(folder, output_loading_info=True, trust_remote_code=own_code)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    batch = ToyCollator(task)(list(rows)[:4])
+    foreign = [
+        key for key in load_file(folder / "model.safetensors") if "lora" in key or "filter" in key or "proj_" in key
+    ]
+    assert not foreign
+    task = task_of(family)
+    batch = ToyCollator(task)(list(toy_dataset(task, size=4)))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     student.eval()
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(**inputs).logits, student(**inputs).logits, atol=1e-6, rtol=1e-5)
+        expected = student(**inputs).logits
+        torch.testing.assert_close(again.eval()(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ld.load_student(folder)(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("method", ONE_STAGE)
+def test_what_should_move_moves(method: str, tmp_path: Path) -> None:
+    teacher = tiny_model("bert", "sequence-classification", num_layers=4, hidden_size=32, num_heads=4, seed=1)
+    student = ld.make_student(teacher, num_blocks=2, hidden_size=16, init="truncate")
+    start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    task = "sequence-classification"
+    ld.LayerDistillationTrainer(
+        student, teacher if method != "none" else None, method, args, toy_dataset(task), data_collator=ToyCollator(task)
+    ).train()
+    moved = [name for name, parameter in student.named_parameters() if not torch.equal(parameter, start[name])]
+    assert len(moved) >= 0.9 * len(start), "the student learns in (nearly) all its tensors"
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].one_stage])
+def test_a_trainer_refuses_what_is_more_than_one_stage(method: str, tmp_path: Path) -> None:
+    teacher = tiny_model("bert", "sequence-classification", num_layers=4, seed=1)
+    args = ld.LayerDistillationConfig(output_dir=str(tmp_path), use_cpu=True)
+    given = {"method_options": OPTIONS.get(method, {}), "data_collator": ToyCollator("sequence-classification")}
+    with pytest.raises(ld.UserError, match="distill"):
+        ld.LayerDistillationTrainer(
+            ld.make_student(teacher, num_blocks=2),
+            teacher,
+            method,
+            args,
+            toy_dataset("sequence-classification"),
+            **given,
+        )
+
+
+@pytest.mark.parametrize("method", [name for name in ONE_STAGE if name != "none"])
 @pytest.mark.parametrize("task", ["regression", "multi-label-classification"])
 def test_every_task(method: str, task: str, tmp_path: Path) -> None:
     problem = {"regression": "regression", "multi-label-classification": "multi_label_classification"}[task]
@@ -93,7 +172,7 @@ def test_every_task(method: str, task: str, tmp_path: Path) -> None:
     assert "distill/logits" in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("method", [name for name in ONE_STAGE if name != "none"])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(method: str, tmp_path: Path) -> None:
     teacher = tiny_model("bert", "sequence-classification", num_layers=3, seed=1)
     student = ld.make_student(teacher)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from term_references import pair_of, real, signal, squared_error, states
+from term_references import pair_of, real, signal, squared_error, states, times
 
 from layerdistill.core.types import LayerRef, Progress
 from layerdistill.methods.ild import METHOD, IldConfig
@@ -30,6 +30,9 @@ def hidden(widths: tuple[int, int] = (4, 6), seed: int = 0, **options: Any) -> A
         ((4, 6), {"projection": "frozen_random"}, "frozen_random", 0),
         ((4, 6), {"projection": "orthogonal"}, "orthogonal", 2 * 24),
         ((4, 6), {"layer_map": [[2, 1], [2, 3]]}, "linear", 24),
+        ((4, 6), {"projection_bias": True}, "linear", 2 * 30),
+        ((4, 6), {"projection_bias": True, "shared_projection": True, "embeddings": True}, "linear", 30),
+        ((6, 6), {"projection_bias": True, "projection": "linear"}, "linear", 2 * 42),
     ],
 )
 def test_the_projection_follows_widths_layers_and_options(
@@ -84,3 +87,21 @@ def test_identity_between_unequal_widths_is_refused() -> None:
     assert len(problems) == 1
     assert "the student is [4] wide and the teacher [6]" in problems[0]
     assert "cka, which needs no projection" in problems[0]
+
+
+def test_a_bias_is_added_and_is_refused_where_nothing_is_trained() -> None:
+    term = hidden(projection_bias=True)
+    with torch.no_grad():
+        term.projections["only"].maps["1"].bias.fill_(2.0)
+    ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
+    x, y = real(ours[LayerRef("", 1)]), real(theirs[LayerRef("", 2)])
+    weight = term.projections["only"].maps["1"].weight.double().tolist()
+    shifted = [[entry + 2.0 for entry in row] for row in times(x, weight)]
+    value = term(signal(ours), signal(theirs), {}, Progress())["hidden/1-2"].value.item()
+    assert value == pytest.approx(squared_error(shifted, y), rel=1e-5)
+
+    assert METHOD.problems(IldConfig(projection_bias=True), pair_of()) == []
+    for widths, options in (((6, 6), {}), ((4, 6), {"projection": "frozen_random"})):
+        problems = METHOD.problems(IldConfig(projection_bias=True, **options), pair_of(widths=widths))
+        assert len(problems) == 1
+        assert "projection_bias is true" in problems[0]

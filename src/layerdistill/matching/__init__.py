@@ -2,7 +2,13 @@
 
 from layerdistill.matching.angles import angle_null, layer_angles
 from layerdistill.matching.cka import CkaStatistics, cka_from_statistics, cka_loss, cka_statistics, linear_cka
-from layerdistill.matching.hidden import cosine_loss, masked_mse, normalised_mse
+from layerdistill.matching.hidden import (
+    cosine_loss,
+    layer_norm_mse,
+    masked_mse,
+    normalised_mse,
+    padded_normalised_mse,
+)
 from layerdistill.matching.layer_map import LayerMap, MapRow, layer_map, map_rows
 from layerdistill.matching.logits import (
     binary_cross_entropy,
@@ -16,6 +22,7 @@ from layerdistill.matching.logits import (
     reverse_kl,
     soft_cross_entropy,
 )
+from layerdistill.matching.pooled import direction_distance, mean_over_tokens
 from layerdistill.matching.projection import Projections
 
 __all__ = [
@@ -31,17 +38,21 @@ __all__ = [
     "cka_statistics",
     "cosine_loss",
     "cross_entropy",
+    "direction_distance",
     "forward_kl",
     "js_divergence",
     "layer_angles",
     "layer_map",
+    "layer_norm_mse",
     "linear_cka",
     "logit_mse",
     "map_rows",
     "masked_mse",
+    "mean_over_tokens",
     "mean_squared_error",
     "next_token_labels",
     "normalised_mse",
+    "padded_normalised_mse",
     "reverse_kl",
     "soft_cross_entropy",
 ]

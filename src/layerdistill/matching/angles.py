@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
 from layerdistill.matching.rows import in_full_precision, real_rows, same_rows
+
+BINS = 720
+"""Bins of a histogram of angles from 0 to 180 degrees: a quarter of a degree each."""
 
 
 @in_full_precision
@@ -25,17 +29,8 @@ def layer_angles(teacher_layers: Sequence[Tensor], student_layer: Tensor, mask: 
     90 degrees, and counts padding. No gradient. Raises UserError when shapes differ: project the student first.
     """
     with torch.no_grad():
-        teachers, student = _rows(teacher_layers, student_layer, mask)
-        towards = teachers - student
-        norms = towards.norm(dim=-1, keepdim=True)
-        lacking = norms == 0
-        towards = towards / torch.where(lacking, torch.ones_like(norms), norms)
-        per_token = towards.permute(1, 0, 2)
-        cosines = per_token @ per_token.transpose(1, 2)
-        has_angle = (~lacking).squeeze(-1).T.to(cosines.dtype)
-        tokens = has_angle.T @ has_angle
-        both = has_angle.unsqueeze(1) * has_angle.unsqueeze(2)
-        return _without_diagonal((_degrees(cosines) * both).sum(0)) / tokens
+        angles, defined = _per_token(*_rows(teacher_layers, student_layer, mask))
+        return _without_diagonal((angles * defined).sum(0)) / defined.sum(0)
 
 
 @in_full_precision
@@ -47,11 +42,107 @@ def angle_null(teacher_layers: Sequence[Tensor], student_layer: Tensor, mask: Te
     Arguments and result as in `layer_angles`; the diagonal is 0. A token where S and T_i are both 0 makes it NaN.
     """
     with torch.no_grad():
+        return _without_diagonal(_null_per_token(*_rows(teacher_layers, student_layer, mask)).mean(0))
+
+
+@dataclass(frozen=True)
+class AngleStatistics:
+    """Sums over tokens of what `layer_angles` averages, so that batches add up exactly: `a + b` is that of both.
+
+    `tokens` (with an angle), `total` (degrees), `acute` (tokens below 90 degrees) and `null_total` (degrees, over the
+    same tokens) are float64 `(layers, layers)`; `histogram` is int64 `(layers, layers, BINS)`, from 0 to 180 degrees.
+    """
+
+    tokens: Tensor
+    total: Tensor
+    acute: Tensor
+    null_total: Tensor
+    histogram: Tensor
+
+    def __add__(self, other: AngleStatistics) -> AngleStatistics:
+        return AngleStatistics(
+            self.tokens + other.tokens,
+            self.total + other.total,
+            self.acute + other.acute,
+            self.null_total + other.null_total,
+            self.histogram + other.histogram,
+        )
+
+    def cpu(self) -> AngleStatistics:
+        """Return the same sums in the memory of the processor."""
+        return AngleStatistics(
+            self.tokens.cpu(), self.total.cpu(), self.acute.cpu(), self.null_total.cpu(), self.histogram.cpu()
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean angles in degrees, `(layers, layers)`; 0 on the diagonal, NaN where no token has an angle."""
+        return _without_diagonal(self.total) / self.tokens
+
+    @property
+    def null(self) -> Tensor:
+        """The norm-matched null of `angle_null`, over the tokens that have an angle."""
+        return _without_diagonal(self.null_total) / self.tokens
+
+    @property
+    def fraction_acute(self) -> Tensor:
+        """The share of tokens whose angle is below 90 degrees; that of the null is 1 wherever S is not 0."""
+        return self.acute / self.tokens
+
+    def quantile(self, share: float) -> Tensor:
+        """Return the angle that `share` of the tokens lie below, in degrees, to within a bin of the histogram."""
+        return histogram_quantile(self.histogram, share)
+
+
+def histogram_quantile(counts: Tensor, share: float) -> Tensor:
+    """Return the quantile of histograms `(..., bins)` from 0 to 180 degrees, evenly spread inside a bin; NaN if empty.
+
+    `share` is between 0 and 1.
+    """
+    below = counts.double().cumsum(-1)
+    wanted = share * below[..., -1:]
+    number = torch.searchsorted(below, wanted).clamp(max=counts.shape[-1] - 1)
+    inside = counts.double().gather(-1, number)
+    before = below.gather(-1, number) - inside
+    place = (number + (wanted - before) / inside).squeeze(-1) * (180 / counts.shape[-1])
+    return torch.where(below[..., -1] > 0, place, torch.full_like(place, torch.nan))
+
+
+@in_full_precision
+def angle_statistics(
+    teacher_layers: Sequence[Tensor], student_layer: Tensor, mask: Tensor | None = None
+) -> AngleStatistics:
+    """Return the sums of one batch; arguments, and the tokens left out, as in `layer_angles`."""
+    with torch.no_grad():
         teachers, student = _rows(teacher_layers, student_layer, mask)
-        student_square = student.square().sum(-1)
-        lengths = (teachers.square().sum(-1) + student_square).sqrt()
-        cosines = student_square / (lengths.unsqueeze(0) * lengths.unsqueeze(1))
-        return _without_diagonal(_degrees(cosines).mean(-1))
+        angles, defined = _per_token(teachers, student)
+        null = torch.where(defined, _null_per_token(teachers, student), torch.zeros_like(angles))
+        layers = len(teachers)
+        # NaN (in a real token) makes the means NaN; it has no bin.
+        bins = (angles.nan_to_num() * (BINS / 180)).long().clamp(max=BINS - 1)
+        pair = torch.arange(layers**2, device=angles.device).reshape(1, layers, layers)
+        counts = torch.bincount((pair * BINS + bins)[defined & ~angles.isnan()], minlength=layers**2 * BINS)
+        return AngleStatistics(
+            tokens=defined.double().sum(0),
+            total=(angles * defined).double().sum(0),
+            acute=((angles < 90) & defined).double().sum(0),
+            null_total=null.double().sum(0),
+            histogram=counts.reshape(layers, layers, BINS),
+        )
+
+
+@in_full_precision
+def released_cosines(first: Tensor, last: Tensor, student_layer: Tensor) -> Tensor:
+    """Return the cosines that the released code of Yu et al. (2025) puts into its histogram, one per position.
+
+    `cos = <u, v> / (|u| |v| + 1e-6)` with `u = first - S` and `v = last - S`, at every position, padding counted;
+    tensors as in `layer_angles`, the result is `(positions,)`. The code means to go over all teacher layers k, but
+    overwrites its list, so that only k = last is left; its first layer is block 1 and its student layer 1.
+    """
+    with torch.no_grad():
+        teachers, student = _rows([first, last], student_layer, None)
+        u, v = teachers[0] - student, teachers[1] - student
+        return (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1) + 1e-6)
 
 
 def _rows(teacher_layers: Sequence[Tensor], student_layer: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -65,6 +156,22 @@ def _rows(teacher_layers: Sequence[Tensor], student_layer: Tensor, mask: Tensor 
             )
         same_rows(student_layer, layer)
     return torch.stack([real_rows(layer, mask) for layer in teacher_layers]), real_rows(student_layer, mask)
+
+
+def _per_token(teachers: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the angles, and which of them are defined, `(tokens, layers, layers)`, of `(layers, tokens, hidden)`."""
+    towards = teachers - student
+    norms = towards.norm(dim=-1, keepdim=True)
+    lacking = norms == 0
+    towards = (towards / torch.where(lacking, torch.ones_like(norms), norms)).permute(1, 0, 2)
+    has_angle = ~lacking.squeeze(-1).T
+    return _degrees(towards @ towards.transpose(1, 2)), has_angle.unsqueeze(1) & has_angle.unsqueeze(2)
+
+
+def _null_per_token(teachers: Tensor, student: Tensor) -> Tensor:
+    student_square = student.square().sum(-1)
+    lengths = (teachers.square().sum(-1) + student_square).sqrt()
+    return _degrees(student_square / (lengths.unsqueeze(0) * lengths.unsqueeze(1))).permute(2, 0, 1)
 
 
 def _degrees(cosines: Tensor) -> Tensor:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
-from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_rows, same_rows, summed
+from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_row_numbers, real_rows, same_rows, summed
+
+LAYER_NORM_EPS = 1e-5
+"""What is added to the variance in `layer_norm_mse`: torch's default, which the released code uses."""
 
 
 @in_full_precision
@@ -40,7 +44,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) ->
     0 (a loss of 1), and it receives no gradient. Source: DistilBERT (Sanh et al. 2019), cosine embedding loss.
     Raises UserError when shapes differ.
     """
-    s, t = (_directions(side) for side in _token_pairs(student, teacher, mask))
+    s, t = (directions(side) for side in _token_pairs(student, teacher, mask))
     without_direction = (~s.any(-1)).to(s.dtype) + (~t.any(-1)).to(t.dtype)
     # Half the squared distance of unit vectors, because 1 - <s, t> would leave a rounding error at equality.
     return summed(((s - t).square().sum(-1) + without_direction) / 2)
@@ -57,8 +61,42 @@ def normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     Source: LoRAILD (Suzuki et al. 2025), per layer and over real tokens only; their code normalises the concatenation
     of all layers and averages over padding too. Raises UserError when shapes differ.
     """
-    s, t = (_directions(side) for side in _token_pairs(student, teacher, mask))
+    s, t = (directions(side) for side in _token_pairs(student, teacher, mask))
     return summed((s - t).square().sum(-1))
+
+
+@in_full_precision
+def padded_normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Mean:
+    """`normalised_mse` averaged over all positions, padding included, times the share of positions that are real.
+
+    Shapes as in `masked_mse`; the count is in real tokens. Equal to `normalised_mse` where nothing is padded. Source:
+    the released code of Yu et al. (2025, https://arxiv.org/abs/2502.04499) for Qwen3, where padding pulls too and each
+    real token weighs less the more padding there is; not for anything else. What stands in padding reaches the value
+    and the gradient. Raises UserError when shapes differ.
+    """
+    s, t = (directions(side) for side in _token_pairs(student, teacher, None))
+    positions = s.shape[0]
+    real = s.new_tensor(real_row_numbers(student, mask).shape[0])
+    distances = (s - t).square().sum(-1)
+    return Mean(distances.sum() * (real / max(positions, 1)).square(), real)
+
+
+@in_full_precision
+def layer_norm_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Mean:
+    """`masked_mse` after each side's real entries, all together, were brought to mean 0 and variance 1.
+
+    Shapes and mask as in `masked_mse`; the count is in tokens. One mean and one variance for a whole call (eps 1e-5),
+    not one per token, so the loss depends on how tokens are batched: micro-batches added together differ from their
+    whole batch. Source: the released code of Yu et al. (2025, https://arxiv.org/abs/2502.04499) for T5,
+    `layer_norm(x, x.shape)`. Deviation: theirs takes the mean and variance over padding too. Raises UserError when
+    shapes differ.
+    """
+    s, t = (_standardised(side) for side in _token_pairs(student, teacher, mask))
+    return summed((s - t).square().mean(-1))
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    return layer_norm(rows, rows.shape, eps=LAYER_NORM_EPS) if rows.numel() else rows
 
 
 def _token_pairs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,7 +110,8 @@ def _token_pairs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple
     return in_one_dtype(real_rows(student, mask), real_rows(teacher.detach(), mask))
 
 
-def _directions(rows: Tensor) -> Tensor:
+def directions(rows: Tensor) -> Tensor:
+    """Return each row of `(rows, features)` divided by its L2 norm; a zero row stays zero and gets no gradient."""
     square = rows.square().sum(-1, keepdim=True)
     # Written with <=, which is false for NaN, so that a NaN in a real token is not turned into a zero vector.
     without = square <= torch.finfo(rows.dtype).tiny

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerdistill.core.types import Batch, LayerRef, Mean, Needs, Progress, Signal, StackName, Unit
 from layerdistill.matching import LayerMap, Projections
+from layerdistill.matching.filters import Filters
 
 Distance = Callable[[Tensor, Tensor, Tensor], Mean]
 """A function of the student's states, the teacher's, each `(batch, seq, hidden)`, and the mask `(batch, seq)`."""
@@ -19,7 +20,8 @@ class HiddenTerm(nn.Module):
     """The distance between matched hidden states; named `hidden/<student layer>-<teacher layer>`.
 
     The means of the pairs are averaged (`reduce="mean"`) or summed (`reduce="sum"`), then multiplied by the weight. A
-    student layer matched with a group of teacher layers (map `average`) is compared with the mean of their states.
+    student layer matched with a group of teacher layers (map `average`) is compared with the mean of their states, each
+    after its filter where there are `teacher_filters`, which get no gradient.
     """
 
     name = "hidden"
@@ -29,18 +31,29 @@ class HiddenTerm(nn.Module):
         maps: Sequence[LayerMap],
         distance: Distance,
         weight: float,
-        projections: Mapping[StackName, Projections] | None = None,
+        projections: Mapping[StackName, Projections | Filters] | None = None,
         reduce: Literal["mean", "sum"] = "mean",
         whole_batch: bool = False,
+        teacher_filters: Mapping[StackName, Filters] | None = None,
+        padding: bool = False,
+        sees_padding: bool = False,
     ) -> None:
-        """`whole_batch` says that the distance is one number per batch (CKA), not a sum over tokens."""
+        """`whole_batch` says that the distance is one number per batch (CKA), not a sum over tokens.
+
+        `padding` says that padding is compared too, like any token; `sees_padding` that the distance is given padding
+        together with the mask, and makes of it what it will.
+        """
         super().__init__()
         self.maps = list(maps)
         self.distance = distance
         self.weight = weight
         self.projections = nn.ModuleDict({stack or "only": module for stack, module in (projections or {}).items()})
+        filters = teacher_filters or {}
+        self.teacher_filters = nn.ModuleDict({stack or "only": module for stack, module in filters.items()})
         self.reduce = reduce
         self.whole_batch = whole_batch
+        self.padding = padding
+        self.sees_padding = sees_padding
 
     def groups(self, progress: Progress) -> list[tuple[LayerRef, tuple[LayerRef, ...]]]:
         """Return the matched layers at this point of training."""
@@ -70,13 +83,19 @@ class HiddenTerm(nn.Module):
         means = {}
         for layer, targets in self.groups(progress):
             ours, mask = student.hidden[layer], student.masks[layer.stack]
-            theirs = average_states([teacher.hidden[target] for target in targets])
+            if self.padding:
+                mask = torch.ones_like(mask)
+            theirs = [teacher.hidden[target] for target in targets]
             if self.projections:
                 # Only real tokens enter the map: padding's gradient of 0 times a NaN in its state would be NaN.
-                kept = mask.bool()
+                kept = torch.ones_like(mask).bool() if self.sees_padding else mask.bool()
                 ours = self.projections[layer.stack or "only"](layer, ours[kept])
-                theirs, mask = theirs[kept], mask[kept]
-            means[pair_name(layer, targets)] = self.distance(ours, theirs, mask)
+                theirs, mask = [state[kept] for state in theirs], mask[kept]
+            if self.teacher_filters:
+                filters = self.teacher_filters[layer.stack or "only"]
+                with torch.no_grad():
+                    theirs = [filters(target, state) for target, state in zip(targets, theirs, strict=True)]
+            means[pair_name(layer, targets)] = self.distance(ours, average_states(theirs), mask)
         return means
 
 

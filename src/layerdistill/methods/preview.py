@@ -24,7 +24,7 @@ def preview_stages(stages: Iterable[Stage]) -> list[StagePreview]:
 def describe_term(term: Any) -> str:
     """Return a term's name with what it is multiplied by at the start."""
     coefficient = term.coefficient(term.name, Progress())
-    per_pair = " per pair" if term.name == "hidden" else ""
+    per_pair = " per pair" if getattr(term, "per_pair", term.name == "hidden") else ""
     return f"{coefficient:g} × {term.name}{per_pair}"
 
 

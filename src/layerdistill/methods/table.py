@@ -8,12 +8,24 @@ from pydantic import Field
 
 from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.types import Method
-from layerdistill.methods import cka, ild, kd, none
+from layerdistill.methods import cka, ild, iskd, kd, l1_prune, layer_prune, lora_ild, none, rail_kd, ted
 
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (none, kd, ild, cka)}
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD
+    for module in (none, kd, ild, rail_kd, cka, lora_ild, ted, iskd, layer_prune, l1_prune)
+}
 
 MethodConfig = Annotated[
-    none.NoneConfig | kd.KdConfig | ild.IldConfig | cka.CkaConfig,
+    none.NoneConfig
+    | kd.KdConfig
+    | ild.IldConfig
+    | rail_kd.RailKdConfig
+    | cka.CkaConfig
+    | lora_ild.LoraIldConfig
+    | ted.TedConfig
+    | iskd.IskdConfig
+    | layer_prune.LayerPruneConfig
+    | l1_prune.L1PruneConfig,
     Field(discriminator="name"),
 ]
 

@@ -6,9 +6,10 @@ from layerdistill.models.fields import depths_from_config, widths_from_config
 from layerdistill.models.load import LoadedModel, load_config, load_model, load_student, load_tokenizer
 from layerdistill.models.locate import resolve_model_source
 from layerdistill.models.new import new_config, new_model
+from layerdistill.models.own_code import has_own_code, write_own_code
 from layerdistill.models.shrink import block_sources, shrink_config
 from layerdistill.models.structure import Stack, depths, find_embeddings, find_head, find_stacks, unwrap, widths
-from layerdistill.models.student import make_student
+from layerdistill.models.student import freeze_embeddings, make_student
 from layerdistill.models.tasks import empty_model
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "find_embeddings",
     "find_head",
     "find_stacks",
+    "freeze_embeddings",
+    "has_own_code",
     "load_config",
     "load_model",
     "load_student",
@@ -36,4 +39,5 @@ __all__ = [
     "unwrap",
     "widths",
     "widths_from_config",
+    "write_own_code",
 ]

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import one_of
-from layerdistill.models.shrink import COPY_MAPS
+from layerdistill.models.shrink import COPY_MAPS, Init
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class AdapterConfig(SectionConfig):
+    """LoRA on the query, key and value projections of every block."""
+
+    rank: PositiveInt = 32
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat | None = None
+    """`alpha / rank` multiplies B A; null is twice the rank."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Share of A's inputs set to 0 while training."""
+
+    @property
+    def scale(self) -> float:
+        """`alpha`, or its default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 class TeacherConfig(SectionConfig):
@@ -22,7 +38,10 @@ class TeacherConfig(SectionConfig):
     """In place of `model`: `model_type` and fields of its transformers config, for example `{model_type: gpt2, n_layer:
     4}`. Starts from random weights, so `finetune` must train it; `data.tokenizer` gives the vocabulary."""
     finetune: dict[str, Any] | None = None
-    """`TrainingArguments` fields with which to fit the teacher to the task first; kept and reused. Null: as it is."""
+    """`TrainingArguments` fields with which to fit the teacher to the task first; kept and reused. Null: as it is.
+    `lora: {rank: 32, alpha: 64, dropout: 0.05}` trains adapters and the head only, and merges them."""
+    adapters: str | None = None
+    """A folder with a LoRA adapter of peft (safetensors), merged into `model`; instead of `finetune`."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
     dtype: Dtype = "float32"
@@ -31,6 +50,34 @@ class TeacherConfig(SectionConfig):
     """Branch, tag or commit on the hub."""
     attn_implementation: str | None = None
     """`eager`, `sdpa`, `flash_attention_2`, ...; null lets transformers choose."""
+
+    @field_validator("finetune")
+    @classmethod
+    def _complete_lora(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is None or "lora" not in given:
+            return given
+        try:
+            lora = AdapterConfig.model_validate(given["lora"])
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, item['loc'])) or 'lora'}: {item['msg']}" for item in error.errors()]
+            raise ValueError(
+                f"teacher.finetune.lora is {given['lora']!r} ({'; '.join(wrong)}). It may hold "
+                f"{', '.join(AdapterConfig.model_fields)}: for example {{rank: 32}}"
+            ) from error
+        return {**given, "lora": {**lora.model_dump(), "alpha": lora.scale}}
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> TeacherConfig:
+        if self.adapters is not None and (self.model is None or self.finetune is not None):
+            raise ValueError(
+                "teacher.adapters are merged into teacher.model as it is: give a model with it, and no finetune"
+            )
+        if self.architecture is not None and "lora" in (self.finetune or {}):
+            raise ValueError(
+                "teacher.finetune.lora trains adapters of a pretrained model, and teacher.architecture starts from "
+                "random weights: leave lora out, or give teacher.model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _either_model_or_architecture(self) -> TeacherConfig:
@@ -59,16 +106,20 @@ class StudentConfig(SectionConfig):
     num_blocks: PositiveInt | dict[Literal["encoder", "decoder"], PositiveInt] | None = None
     """Number of blocks, or `{encoder: n, decoder: m}`; null keeps the teacher's."""
     hidden_size: PositiveInt | None = None
-    """Width, a whole number of the teacher's heads; null keeps the teacher's. Narrower needs `truncate` or `random`."""
+    """Width, a whole number of the teacher's heads; null keeps the teacher's. Narrower needs `truncate` or `random`, or
+    `truncate_raw`, which takes any width."""
     intermediate_size: PositiveInt | None = None
     """Feed-forward width; null keeps the teacher's proportion to the hidden size."""
     num_attention_heads: PositiveInt | None = None
     """Number of heads; null keeps the teacher's head size."""
-    init: Literal["copy", "truncate", "random"] = "copy"
-    """`copy` whole teacher blocks, `truncate` every matrix to its first rows and columns, or `random`."""
+    init: Init = "copy"
+    """`copy` whole teacher blocks, `truncate` every matrix to its first rows and columns but never through a head,
+    `truncate_raw` through heads too (parity with released code), or `random`."""
     copy_map: str | list[int] = "forward"
     """Which teacher block each student block is made of: forward, reverse, first, last, skip, random, or a list of
     teacher blocks counted from 0."""
+    freeze_embeddings: bool = False
+    """Whether the embedding tables outside the blocks (tokens, positions, token types) keep their first values."""
     trust_remote_code: bool = False
     """Whether Python code that comes with `model` may be run."""
     dtype: Dtype = "float32"

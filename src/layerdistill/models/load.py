@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
 from layerdistill.models.locate import is_local, resolve_model_source
+from layerdistill.models.own_code import class_named, class_to_open
 from layerdistill.models.tasks import class_for, set_task
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError)
@@ -88,6 +89,7 @@ def load_model(
         config.pad_token_id = pad_token_id
     if is_local(source):
         check_weights(Path(source))
+    model_class = class_to_open(model_class, config)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _explained("the model", source), _quiet(), seeded(seed, "head"):
         model, info = model_class.from_pretrained(
@@ -115,9 +117,9 @@ def load_student(folder: str | Path) -> PreTrainedModel:
     place = place / "student" if (place / "student").is_dir() else place
     config = load_config(resolve_model_source(str(place)))
     check_weights(place)
-    name = next(iter(config.architectures or ()), None)
-    model_class = getattr(transformers, name, None) if name else None
+    model_class = class_named(config)
     if model_class is None:
+        name = next(iter(config.architectures or ()), None)
         raise UserError(f"{place / 'config.json'} names the class {name!r}, which transformers does not have.")
     with _explained("the student", str(place)), _quiet():
         return model_class.from_pretrained(place, use_safetensors=True, local_files_only=True).eval()

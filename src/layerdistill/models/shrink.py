@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,7 +17,8 @@ from layerdistill.core.types import StackName
 from layerdistill.models.fields import INTERMEDIATE_FIELDS, StackFields, depths_from_config, stack_fields
 from layerdistill.models.overrides import FOLLOWS_WIDTH, LAYER_INDEX_FIELDS
 
-Init = Literal["copy", "truncate", "random"]
+Init = Literal["copy", "truncate", "truncate_raw", "random"]
+INITS: tuple[str, ...] = get_args(Init)
 COPY_MAPS = ("forward", "reverse", "first", "last", "skip", "random")
 NumBlocks = int | Mapping[str, int] | None
 
@@ -85,13 +86,20 @@ def shrink_config(
     """Return the configuration of the student that `make_student` would make; `config` is left as it is.
 
     Fields with an entry per block (layer types, windows) follow the blocks that are copied; a `random` student takes
-    those of the first blocks. Heads keep their size, grouped key/value heads their group size, and the feed-forward
-    width its proportion to the hidden size. Raises UserError for a shape that cannot be made of this teacher.
+    those of the first blocks. Heads keep their size (with `truncate_raw` only where nothing else is asked for), grouped
+    key/value heads their group size, and the feed-forward width its proportion to the hidden size. Raises UserError for
+    a shape that cannot be made of this teacher.
     """
-    if init not in ("copy", "truncate", "random"):
-        raise UserError(one_of("init", init, ("copy", "truncate", "random")))
+    if init not in INITS:
+        raise UserError(one_of("init", init, INITS))
     stacks = stack_fields(config)
     sources = block_sources(depths_from_config(config), num_blocks, "first" if init == "random" else copy_map, seed)
+    replaced = (getattr(config, "layerdistill", None) or {}).get("replaced")
+    if replaced and (hidden_size or intermediate_size or num_attention_heads or _depth_changes(config, sources)):
+        raise UserError(
+            f"the model has compact blocks in the places {replaced}, so no smaller student can be cut out of it. Take "
+            "it as the student itself (student.model), or cut one out of a stock model."
+        )
     data = config.to_dict()
     for name, fields in stacks.items():
         section = data
@@ -123,6 +131,10 @@ def shrink_config(
     return shrunk
 
 
+def _depth_changes(config: PretrainedConfig, sources: Mapping[StackName, Sequence[int]]) -> bool:
+    return any(list(sources[name]) != list(range(depth)) for name, depth in depths_from_config(config).items())
+
+
 def build_on_meta(config: PretrainedConfig, build: Callable[[PretrainedConfig], PreTrainedModel]) -> PreTrainedModel:
     """Return what `build` (a model class, or an Auto class's `from_config`) makes, without memory for its weights.
 
@@ -146,7 +158,7 @@ def _layers(fields: StackFields, sources: tuple[int, ...]) -> dict[str, Any]:
     for key, value in stored.items():
         if key in LAYER_INDEX_FIELDS and isinstance(value, list):
             changes[key] = [n for n, source in enumerate(sources) if source in value]
-        elif isinstance(value, list) and len(value) == depth and _has_an_entry_per_layer(key, value):
+        elif isinstance(value, list) and len(value) == depth and has_an_entry_per_layer(key, value):
             changes[key] = [value[source] for source in sources]
     if stored.get("max_window_layers") is not None:
         changes["max_window_layers"] = min(stored["max_window_layers"], len(sources))
@@ -158,7 +170,8 @@ def _layers(fields: StackFields, sources: tuple[int, ...]) -> dict[str, Any]:
     return changes
 
 
-def _has_an_entry_per_layer(key: str, values: list[Any]) -> bool:
+def has_an_entry_per_layer(key: str, values: list[Any]) -> bool:
+    """Whether a field's list, as long as the model is deep, says one thing of each block."""
     words = ("layer", "block", "pattern", "types", "modes")
     if "token" in key or key in ("architectures", "pos_att_type"):
         return False
@@ -180,6 +193,8 @@ def _width(fields: StackFields, hidden_size: int | None, heads: int | None, init
         raise UserError(f"hidden_size is {wanted}, but the teacher's is {width}: give at most that.")
     changes: dict[str, Any] = {fields.width: wanted}
     changes |= {key: wanted for key in FOLLOWS_WIDTH if vars(fields.section).get(key) == width}
+    if init == "truncate_raw":
+        return changes | _heads_cut_through(fields, width, wanted, heads)
     return changes | _heads(fields, width, wanted, heads, init)
 
 
@@ -214,6 +229,35 @@ def _heads(fields: StackFields, width: int, wanted: int, given: int | None, init
     changes = {fields.heads: given}
     if fields.kv_heads is not None and kv_heads is not None:
         changes[fields.kv_heads] = max(1, given // group) if kv_heads > 1 else kv_heads
+    return changes
+
+
+def _heads_cut_through(fields: StackFields, width: int, wanted: int, given: int | None) -> dict[str, Any]:
+    """Return the changed fields of `truncate_raw`: any number of heads that divides the width, of whatever size."""
+    heads, kv_heads, size = (fields.value(name) for name in (fields.heads, fields.kv_heads, fields.head_size))
+    if fields.heads is None or heads is None:
+        return {}
+    group = heads // kv_heads if kv_heads and kv_heads > 1 else 1
+    if given is None:
+        whole = heads * wanted // width
+        keeps_size = heads * wanted % width == 0 and whole % group == 0 and wanted % whole == 0
+        given = whole if keeps_size else heads
+    rope = getattr(fields.section, "rope_parameters", None)
+    own_size = size is not None and size * heads != width
+    head = size if own_size and size else wanted // max(given, 1)
+    rotated = 0 if rope is None else int(head * rope.get("partial_rotary_factor", 1))
+    if given < 1 or wanted % given or given % group or rotated % 2:
+        raise UserError(
+            f"num_attention_heads is {given} for hidden_size {wanted}, but must divide it"
+            + (f" and be a multiple of {group}" if group > 1 else "")
+            + (", into heads of which an even number of dimensions is rotated" if rope is not None else "")
+            + ". Give num_attention_heads, or another hidden_size."
+        )
+    changes = {fields.heads: given}
+    if fields.kv_heads is not None and kv_heads is not None:
+        changes[fields.kv_heads] = given // group if kv_heads > 1 else kv_heads
+    if fields.head_size is not None and not own_size:
+        changes[fields.head_size] = head
     return changes
 
 

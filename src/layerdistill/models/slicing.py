@@ -1,4 +1,8 @@
-"""Cut a teacher's tensor down to the student's shape: first rows and columns, whole heads, inside each fused part."""
+"""Cut a teacher's tensor down to the student's shape: first rows and columns, inside each fused part.
+
+Heads stay whole where the student's configuration keeps their size (`init: truncate`); where it does not (`init:
+truncate_raw`) the first rows of all queries, of all keys and of all values are kept, through whatever head they end in.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +60,18 @@ def sizes_of(teacher: PretrainedConfig, student: PretrainedConfig) -> Sizes:
 def cut(tensor: Tensor, shape: torch.Size, name: str, model: nn.Module, sizes: Sizes) -> Tensor:
     """Return the part of `tensor`, the teacher's `name`, that becomes the student's tensor of `shape`.
 
-    Raises UserError when an axis is of a size whose layout is not known, rather than cut through a head.
+    Raises UserError when an axis is of a size whose layout is not known, or has to grow, rather than guess.
     """
-    if tensor.shape == shape:
+    resized_heads = sizes.head[0] != sizes.head[1]
+    if tensor.shape == shape and not resized_heads:
         return tensor
     layout, fused_axis = _layout(tensor, shape, name, model, sizes)
-    if tensor.dim() != len(shape):
+    if tensor.dim() != len(shape) or (resized_heads and fused_axis is not None and layout in ("per-head", "unknown")):
+        # Equal shapes are no way out: rows that follow head after head mean something else in heads of another size.
         raise _unknown(name, tensor, shape)
     for axis, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if new > old:
+            raise _unknown(name, tensor, shape)
         if old == new or (axis != fused_axis and (old, new) in sizes.plain):
             parts = [(old, new)]
         elif axis == fused_axis:
@@ -139,6 +147,6 @@ def _total(parts: list[Pair]) -> Pair:
 def _unknown(name: str, tensor: Tensor, shape: torch.Size) -> UserError:
     return UserError(
         f"init: truncate cannot cut {name} from {tuple(tensor.shape)} to {tuple(shape)}: how its rows belong to heads "
-        "or parts is not known for this architecture, and a cut through them would be worthless. Keep the teacher's "
-        "hidden_size (init: copy), or use init: random."
+        "or parts is not known for this architecture and shape, and a cut across parts would be worthless (which holds "
+        "for truncate_raw too). Keep the teacher's hidden_size (init: copy), or use init: random."
     )

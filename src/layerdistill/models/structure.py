@@ -156,10 +156,11 @@ def _block_list(model: PreTrainedModel, root: nn.Module, depth: int) -> str:
         for path, module in root.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth and _look_like_blocks(module)
     }
-    one_class = {path for path, module in lists.items() if len({type(block) for block in module}) == 1}
+    # Blocks may hold lists of the same length themselves: experts, or the narrow blocks of a compact one.
+    outside = {path for path in lists if not any(path.startswith(other + ".") for other in lists)}
+    one_class = {path for path in outside if len({type(block) for block in lists[path]}) == 1}
     # Hybrid architectures alternate blocks of several classes; they are taken only where no list is uniform.
-    candidates = one_class or set(lists)
-    outermost = [path for path in candidates if not any(path.startswith(other + ".") for other in candidates)]
+    outermost = list(one_class or outside)
     if len(outermost) == 1:
         return outermost[0]
     found = f"{len(outermost)} of them ({', '.join(sorted(outermost))})" if outermost else "none"

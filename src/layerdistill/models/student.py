@@ -31,8 +31,9 @@ def make_student(
     """Return a smaller model of the teacher's class, in its dtype and on its device, in eval mode and trainable.
 
     `init` is `copy` (whole teacher blocks, embeddings, head; needs the teacher's width), `truncate` (the first rows and
-    columns of every matrix, whole heads only, as the CKA authors do but never through a head) or `random`. `copy_map`
-    says which teacher block each student block is made of: see `block_sources`. `num_blocks` is a number, or
+    columns of every matrix, as the CKA authors do, but never through a head), `truncate_raw` (the same as they do it:
+    with any number of heads, and through a head where its size changes) or `random`. `copy_map` says which teacher
+    block each student block is made of: see `block_sources`. `num_blocks` is a number, or
     `{"encoder": n, "decoder": m}`. A tensor that the chosen block lacks (T5 keeps its relative positions, ModernBERT
     lacks a norm, in the first block) comes from the nearest teacher block that has it.
     Raises UserError for a shape, a map or an architecture of which no such student can be made.
@@ -43,6 +44,9 @@ def make_student(
         raise UserError("the teacher is wrapped in PEFT adapters: call merge_and_unload() on it and pass the result.")
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise UserError(f"{type(model).__name__} holds quantised weights; load the teacher in float32 or bfloat16.")
+    if getattr(model.config, "layerdistill", None):
+        shape = (num_blocks, hidden_size, intermediate_size, num_attention_heads)
+        return _whole_copy(model, any(value is not None for value in shape) or init != "copy" or copy_map != "forward")
     config = shrink_config(
         model.config, num_blocks, hidden_size, intermediate_size, num_attention_heads, init, copy_map, seed
     )
@@ -58,6 +62,30 @@ def make_student(
     if getattr(model, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     return student.eval()
+
+
+def freeze_embeddings(model: nn.Module) -> None:
+    """Turn off the gradient of every embedding table outside the blocks: tokens, positions, token types.
+
+    As the released BART and T5 scripts of Yu et al. (2025, https://arxiv.org/abs/2502.04499) do. Norms after the tables
+    still train, and so do T5's relative positions, which are part of its first block; an output matrix that is tied to
+    the token table does not.
+    """
+    blocks = [block for stack in find_stacks(model).values() for block in stack.blocks]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for module in unwrap(model).modules():
+        if isinstance(module, nn.Embedding) and id(module) not in inside:
+            module.requires_grad_(False)
+
+
+def _whole_copy(model: PreTrainedModel, changed: bool) -> PreTrainedModel:
+    """Return a copy of a model whose blocks are of its own kind; raises UserError when a changed one is wanted."""
+    if changed:
+        raise UserError(
+            f"{type(model).__name__} has blocks of its own kind (config.layerdistill), so no other student can be cut "
+            "out of it. Take it as the student itself (student.model), or cut one out of a stock model."
+        )
+    return copy.deepcopy(model).eval().requires_grad_(True)
 
 
 @torch.no_grad()

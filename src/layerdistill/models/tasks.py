@@ -9,6 +9,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layerdistill.core.errors import UserError, one_of
+from layerdistill.models.own_code import class_to_open, own_description
 from layerdistill.models.shrink import build_on_meta
 
 TASK_CLASSES: dict[str, Any] = {
@@ -55,4 +56,5 @@ def empty_model(config: PretrainedConfig, task: str = "base", num_labels: int | 
     """
     config = copy.deepcopy(config)
     set_task(config, task, num_labels)
-    return build_on_meta(config, class_for(task).from_config)
+    opened = class_to_open(class_for(task), config)
+    return build_on_meta(config, opened if own_description(config) else opened.from_config)

@@ -19,8 +19,9 @@ from layerdistill.models import find_stacks
 def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
     """Yield a dict that the model's forward pass fills with what flows through `taps`, with its graph.
 
-    A module that is called several times in one pass keeps its last call; one that is called again by the backward
-    pass (activation checkpointing) keeps what the forward pass gave. Raises UserError for a path that is no module.
+    A module that is called several times in one pass keeps its first call (DeBERTa's projections are called on the
+    tokens, then on relative positions); one that is called again by the backward pass (activation checkpointing) keeps
+    what the forward pass gave. Raises UserError for a path that is no module.
     """
     found: dict[Tap, Tensor] = {}
     with ExitStack() as hooks:
@@ -49,9 +50,9 @@ def stack_of(model: nn.Module, tap: Tap) -> StackName:
 
 def _keep_input(found: dict[Tap, Tensor], tap: Tap, module: nn.Module, args: tuple[Any, ...]) -> None:
     if torch._C._current_graph_task_id() == -1:
-        found[tap] = args[0]
+        found.setdefault(tap, args[0])
 
 
 def _keep_output(found: dict[Tap, Tensor], tap: Tap, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if torch._C._current_graph_task_id() == -1:
-        found[tap] = output[0] if isinstance(output, tuple | list) else output
+        found.setdefault(tap, output[0] if isinstance(output, tuple | list) else output)

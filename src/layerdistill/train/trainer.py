@@ -23,6 +23,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, replace_folder, sync_folder
 from layerdistill.core.types import Batch, Progress, Stage, TeacherSource
 from layerdistill.matching.task_loss import task_loss
+from layerdistill.models import has_own_code, write_own_code
 from layerdistill.signals import student_signal
 from layerdistill.train.arguments import explained_arguments
 from layerdistill.train.composite import Composite, needs_of, term_of
@@ -249,9 +250,14 @@ class StageTrainer(Trainer):
 
 
 def save_student(student: Any, folder: Path, tokenizer: Any = None) -> None:
-    """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer."""
+    """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer.
+
+    A student with blocks of its own kind gets its modelling file beside it.
+    """
     with hidden_bars():
-        student.save_pretrained(folder)
+        # Code beside a checkpoint reads tensors by the names of its modules; only stock classes are read otherwise.
+        student.save_pretrained(folder, save_original_format=not has_own_code(student))
+    write_own_code(student, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

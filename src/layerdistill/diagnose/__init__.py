@@ -1,0 +1,1 @@
+"""Looks at models and changes nothing: angles, gradients, similarity, importance, clusterability."""
