@@ -39,7 +39,8 @@ def angle_maps(rows: Mapping[str, Angles], title: str) -> Figure:
     chosen = {name: spread(list(maps)) for name, maps in rows.items()}
     columns = max(len(layers) for layers in chosen.values())
     size = len(next(iter(next(iter(rows.values())).values()))[0])
-    panel = max(2.3, 0.36 * min(size, MOST_LABELLED) + 0.5)
+    written = size <= MOST_LABELLED
+    panel = max(2.3, 0.36 * size + 0.5) if written else 2.8
     figure = _figure(1.6 + panel * columns, 0.9 + panel * len(rows), title)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     limit = max([NARROWEST_SCALE, *(_largest(angle - null) for maps in rows.values() for angle, null in maps.values())])
@@ -54,7 +55,13 @@ def angle_maps(rows: Mapping[str, Angles], title: str) -> Figure:
             axis.set_ylabel("teacher layer i", fontsize=8)
         for axis in line[len(chosen[name]) :]:
             axis.set_axis_off()
-    _bar(figure, axes, "PuOr_r", (-limit, limit), "angle minus its null (degrees); numbers: angle")
+    _bar(
+        figure,
+        axes,
+        "PuOr_r",
+        (-limit, limit),
+        f"angle minus its null (degrees){'; numbers: angle' if written else ''}",
+    )
     return figure
 
 
@@ -78,7 +85,7 @@ def angle_histograms(
             _density(axis, histograms[name][layer], 0, 180, 180, name)
             axis.axvline(nulls[name][layer], color=COLOURS[name], linestyle=(0, (3, 2)), linewidth=1)
         axis.axvline(90, color="#999999", linewidth=1)
-        axis.set_title(f"student layer {layer}: all pairs of teacher layers", fontsize=9)
+        axis.set_title(f"student layer {layer}, all pairs", fontsize=9)
         _frame(axis, "angle (degrees); dashed: null, grey: 90", "share of angles per degree")
         axis.set_xlim(0, 180)
     if released:
@@ -97,9 +104,10 @@ def angle_histograms(
 
 def similarity_maps(matrices: Mapping[str, Tensor], title: str, debiased: bool) -> Figure:
     """Draw CKA of student layers (rows, layer 0 at the bottom) with teacher layers (columns), from 0 to 1."""
-    rows, columns = next(iter(matrices.values())).shape
-    width = max(3.0, 0.45 * min(columns, 2 * MOST_LABELLED) + 0.8)
-    figure = _figure(1.2 + width * len(matrices), 1.3 + max(2.0, 0.45 * min(rows, 2 * MOST_LABELLED)), title)
+    rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices.values()), strict=True))
+    cell = 0.45 if max(rows, columns) <= MOST_LABELLED else 0.22
+    size = max(3.0, cell * columns + 0.8), max(2.4, cell * rows)
+    figure = _figure(1.2 + size[0] * len(matrices), 1.3 + size[1], title)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.numpy()
@@ -109,7 +117,7 @@ def similarity_maps(matrices: Mapping[str, Tensor], title: str, debiased: bool) 
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("teacher layer", fontsize=8)
         axis.set_ylabel("student layer", fontsize=8)
-    _bar(figure, axes, "viridis", (0.0, 1.0), f"linear CKA{', debiased' if debiased else ''}")
+    _bar(figure, axes, "viridis", (0.0, 1.0), f"linear CKA{', debiased (below 0 drawn as 0)' if debiased else ''}")
     return figure
 
 
