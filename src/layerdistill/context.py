@@ -16,7 +16,8 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, read_json, write_json
 from layerdistill.core.types import Batch
 from layerdistill.data import CALIBRATION
-from layerdistill.evaluate import LOWER_IS_BETTER, evaluate_model
+from layerdistill.evaluate import evaluate_model
+from layerdistill.evaluate.config import LOWER_IS_BETTER
 from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput
 

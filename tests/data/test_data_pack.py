@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from data_samples import byte_tokenizer
 
+from layerdistill.core.types import IGNORED_LABEL
 from layerdistill.data import pack
-from layerdistill.data.pack import IGNORED, blocks, encode_documents, encode_stream, windows
+from layerdistill.data.pack import blocks, encode_documents, encode_stream, windows
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 40])
@@ -28,8 +29,8 @@ def test_overlapping_windows_score_every_token_but_the_first_once(total: int, le
         assert ids.tolist() == list(range(1000 + start, 1000 + min(start + length, total)))
         # A causal model predicts position t from the positions before it, so a label at position 0 is never used.
         shifted = labels[1:].tolist()
-        assert all(label in (IGNORED, token) for label, token in zip(shifted, ids[1:].tolist(), strict=True))
-        predicted += [label for label in shifted if label != IGNORED]
+        assert all(label in (IGNORED_LABEL, token) for label, token in zip(shifted, ids[1:].tolist(), strict=True))
+        predicted += [label for label in shifted if label != IGNORED_LABEL]
     assert predicted == list(range(1001, 1000 + total))
 
 

@@ -45,6 +45,12 @@ def test_a_saved_tokenizer_opens_relative_to_the_recipe(tmp_path: Path) -> None:
         assert opened("good film")["input_ids"] == tokenizer("good film")["input_ids"]
 
 
+def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        open_tokenizer(str(tmp_path))
+
+
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("nothing")
     with pytest.raises(UserError, match=r"holds no tokenizer. Needed: .*There: notes.md"):

@@ -1,4 +1,4 @@
-"""Every method x every fitting family: it learns, leaves its teacher alone, resumes exactly, gives a student that opens."""
+"""Every method x every fitting family: it learns, spares its teacher, resumes exactly, gives a student that opens."""
 
 from __future__ import annotations
 

@@ -11,10 +11,9 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_model
-from tokenizers import Tokenizer, models
 
 from layerdistill.core.errors import UserError
-from layerdistill.models import load_config, load_model, load_tokenizer, resolve_model_source
+from layerdistill.models import load_config, load_model, resolve_model_source
 
 
 @pytest.fixture(scope="module")
@@ -238,14 +237,3 @@ def test_code_that_comes_with_a_model_is_not_run(saved: Path, tmp_path: Path) ->
     (folder / "mine.py").write_text("raise RuntimeError('the code was run')")
     with pytest.raises(UserError, match=r"allow it with trust_remote_code: true"):
         load_model(str(folder), "base")
-
-
-def test_tokenizers(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no tokenizer in .*base"):
-        load_tokenizer(str(saved / "base"))
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hello": 2}, unk_token="[UNK]"))
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path))("hello").input_ids == [2]
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="the tokenizer of"):
-        load_tokenizer(str(tmp_path))

@@ -14,6 +14,9 @@ from layerdistill.core.errors import UserError
 Batch = Mapping[str, Tensor]
 """What the collator makes: `input_ids`, `attention_mask`, `labels`, ... each `(batch, ...)`."""
 
+IGNORED_LABEL = -100
+"""The label of positions that no loss and no metric counts, as everywhere in transformers."""
+
 StackName = Literal["", "encoder", "decoder"]
 """Which stack of blocks: `""` in a model with one stack, else `encoder` or `decoder`."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
-from layerdistill.data.pack import IGNORED
+from layerdistill.core.types import IGNORED_LABEL
 from layerdistill.data.tasks import get_task
 from layerdistill.data.tokenizer import padding_id
 
@@ -59,7 +59,7 @@ class Collator:
         kind = get_task(self.task).label_kind
         if kind == "tokens":
             batch["labels"] = _padded(
-                [example.get("labels", example["input_ids"]) for example in examples], length, IGNORED
+                [example.get("labels", example["input_ids"]) for example in examples], length, IGNORED_LABEL
             )
         elif name := next((name for name in ("labels", "label") if name in examples[0]), None):
             dtype = torch.long if kind == "class" else torch.float32

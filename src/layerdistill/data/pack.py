@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.types import IGNORED_LABEL
 
 Tokens = NDArray[np.int32]
-IGNORED = -100
-"""The label of a position that is not scored, as everywhere in `transformers`."""
 
 PIECE = 10_000
 """Characters after which a longer text is cut at the next line end; long texts cost tokenizers much time and memory."""
@@ -100,7 +99,7 @@ def windows(stream: Tokens, length: int, stride: int | None = None) -> list[tupl
         if len(ids) < 2 or scored == len(stream):
             break
         labels = ids.copy()
-        labels[: scored - start] = IGNORED
+        labels[: scored - start] = IGNORED_LABEL
         scored = start + len(ids)
         found.append((ids, labels))
     return found

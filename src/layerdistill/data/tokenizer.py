@@ -9,8 +9,11 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrained
 from layerdistill.core.errors import UserError
 from layerdistill.data.paths import is_hub_id, listed_places, locate
 
-CONFIGURED = ("tokenizer.json", "tokenizer_config.json", "config.json", "tokenizer.model", "spiece.model")
+CONFIGURED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
 """A folder with any of these says itself what its tokenizer is."""
+
+VOCABULARIES = ("vocab*", "merges.txt", "*.model", "*.bpe", "*.tiktoken", "tekken.json")
+"""With any of these the model's config.json says it; without them transformers quietly makes an empty one."""
 
 
 def open_tokenizer(source: str, base: Path | None = None) -> PreTrainedTokenizerBase:
@@ -40,7 +43,8 @@ def open_tokenizer(source: str, base: Path | None = None) -> PreTrainedTokenizer
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
-    if any((folder / name).exists() for name in CONFIGURED):
+    described = (folder / "config.json").exists() and any(any(folder.glob(pattern)) for pattern in VOCABULARIES)
+    if described or any((folder / name).exists() for name in CONFIGURED):
         return AutoTokenizer.from_pretrained(str(folder))
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return GPT2Tokenizer.from_pretrained(str(folder))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 HOMES = {
     "EvaluationConfig": "config",
-    "LOWER_IS_BETTER": "config",
     "metric_problems": "config",
     "chance_levels": "chance",
     "EvaluationResult": "evaluator",
@@ -21,7 +20,6 @@ HOMES = {
 """Public names and their modules; loaded when first used, because reports and recipes read `config` without torch."""
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "EvaluationConfig",
     "EvaluationResult",
     "chance_levels",
@@ -36,7 +34,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from layerdistill.evaluate.chance import chance_levels
-    from layerdistill.evaluate.config import LOWER_IS_BETTER, EvaluationConfig, metric_problems
+    from layerdistill.evaluate.config import EvaluationConfig, metric_problems
     from layerdistill.evaluate.cost import measure_cost, measure_costs
     from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training
     from layerdistill.evaluate.metrics import compute_metrics

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
+from layerdistill.core.types import IGNORED_LABEL
 from layerdistill.evaluate.config import LOWER_IS_BETTER
 from layerdistill.evaluate.metrics import METRICS, UndefinedMetric, perplexity
-
-IGNORED_LABEL = -100
 
 
 def chance_levels(names: Sequence[str], task: str, dataset: Dataset) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.types import IGNORED_LABEL
 from layerdistill.evaluate.config import metric_problems
 from layerdistill.evaluate.inference import forward_inputs, inference, text_config
 from layerdistill.evaluate.metrics import compute_metrics
@@ -32,9 +33,6 @@ LOGITS_BYTES = 2**29
 
 CHUNK_ELEMENTS = 2**24
 """Logits that are turned into log-probabilities at a time: 64 MiB in float32."""
-
-IGNORED_LABEL = -100
-"""Positions with this label are not predicted, as everywhere in transformers."""
 
 
 @dataclass(frozen=True)

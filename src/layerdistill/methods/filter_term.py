@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerdistill.core.types import Batch, LayerRef, Mean, Needs, Progress, Signal, StackName, Unit
+from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Mean, Needs, Progress, Signal, StackName, Unit
 from layerdistill.matching import next_token_labels
 from layerdistill.matching.filters import Filters, start_normal
 from layerdistill.matching.read_out import read_out_cross_entropy
 from layerdistill.matching.task_loss import label_unit, task_loss
 from layerdistill.signals.language_head import LanguageHead
 from layerdistill.signals.recorded import Position
-
-IGNORED = -100
 
 
 class FilterTerm(nn.Module):
@@ -104,10 +102,10 @@ class LanguageFilterTerm(FilterTerm):
     def loss(self, layer: LayerRef, hidden: Tensor, mask: Tensor, batch: Batch) -> Mean:
         """Return the loss of the next tokens."""
         labels = next_token_labels(batch["labels"])
-        kept = labels != IGNORED
+        kept = labels != IGNORED_LABEL
         rows = self.filtered(layer, hidden[kept])
         return read_out_cross_entropy(
-            rows, labels[kept], lambda states: self.head(states, layer), self.head.vocab_size, IGNORED
+            rows, labels[kept], lambda states: self.head(states, layer), self.head.vocab_size, IGNORED_LABEL
         )
 
 

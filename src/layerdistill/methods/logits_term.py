@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Unit
+from layerdistill.core.types import IGNORED_LABEL, Batch, Mean, Needs, Progress, Signal, Unit
 from layerdistill.matching import (
     binary_kl,
     forward_kl,
@@ -19,9 +19,6 @@ from layerdistill.matching import (
     soft_cross_entropy,
 )
 from layerdistill.matching.task_loss import label_unit
-
-IGNORED = -100
-"""The label of positions that no loss counts."""
 
 LogitsLoss = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy", "binary_kl", "mse"]
 
@@ -91,7 +88,7 @@ class LogitsTerm(nn.Module):
         assert student.logits is not None and teacher is not None and teacher.logits is not None
         ours, theirs, mask = student.logits, teacher.logits, None
         if self.task == "causal-lm":
-            mask = next_token_labels(batch["labels"]) != IGNORED
+            mask = next_token_labels(batch["labels"]) != IGNORED_LABEL
         if self.loss == "mse":
             return {self.name: logit_mse(ours, theirs, mask, vocab_size=self.vocab_size)}
         if self.loss == "binary_kl":

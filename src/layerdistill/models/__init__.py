@@ -3,7 +3,7 @@
 from layerdistill.models.config import StudentConfig, TeacherConfig
 from layerdistill.models.count import count_parameters
 from layerdistill.models.fields import depths_from_config, widths_from_config
-from layerdistill.models.load import LoadedModel, load_config, load_model, load_student, load_tokenizer
+from layerdistill.models.load import LoadedModel, load_config, load_model, load_student
 from layerdistill.models.locate import resolve_model_source
 from layerdistill.models.new import new_config, new_model
 from layerdistill.models.own_code import has_own_code, write_own_code
@@ -30,7 +30,6 @@ __all__ = [
     "load_config",
     "load_model",
     "load_student",
-    "load_tokenizer",
     "make_student",
     "new_config",
     "new_model",

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
@@ -22,7 +22,6 @@ from layerdistill.models.own_code import class_named, class_to_open
 from layerdistill.models.tasks import class_for, set_task
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError)
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.bpe", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,6 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
     source = resolve_model_source(source)
     with _explained("the configuration", source), _quiet():
         return transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=trust_remote_code, revision=revision, local_files_only=is_local(source)
-        )
-
-
-def load_tokenizer(
-    source: str, trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedTokenizerBase:
-    """Return a model's tokenizer; raises UserError when it has none (transformers would quietly make an empty one)."""
-    source = resolve_model_source(source)
-    if is_local(source) and not any(any(Path(source).glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise UserError(
-            f"there is no tokenizer in {source} (no tokenizer.json, vocabulary or *.model file): save one beside the "
-            "model with tokenizer.save_pretrained, or give a folder that has one."
-        )
-    with _explained("the tokenizer", source), _quiet():
-        return transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, revision=revision, local_files_only=is_local(source)
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, Mean, Signal, Tap
+from layerdistill.core.types import IGNORED_LABEL, Batch, Mean, Signal, Tap
 from layerdistill.matching import (
     CkaStatistics,
     binary_kl,
@@ -25,7 +25,7 @@ from layerdistill.matching.importance import angular_distance, block_influence
 from layerdistill.matching.task_loss import task_loss
 from layerdistill.models import Stack, find_stacks
 from layerdistill.signals.skip import skipped
-from layerdistill.signals.source import IGNORED, run_model
+from layerdistill.signals.source import run_model
 
 Criterion = Callable[[nn.Module, str, Sequence[Batch]], list[float]]
 """A function of a model with one stack of blocks, the task and batches; returns one number per block, higher = more
@@ -172,7 +172,7 @@ def _divergence(task: str, ours: Tensor, wanted: Tensor, batch: Batch) -> Mean:
         return logit_mse(ours, wanted)
     if task == "multi-label-classification":
         return binary_kl(ours, wanted)
-    mask = next_token_labels(batch["labels"]) != IGNORED if task == "causal-lm" else None
+    mask = next_token_labels(batch["labels"]) != IGNORED_LABEL if task == "causal-lm" else None
     return forward_kl(ours, wanted, mask)
 
 

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap
+from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Needs, Signal, StackName, Tap
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.hooks import Captured, capture
 from layerdistill.signals.taps import stack_of, tapped
-
-IGNORED = -100
-"""The label that losses skip."""
 
 _NOT_INPUTS = frozenset({"labels", "use_cache", "return_dict", "output_hidden_states", "output_attentions"})
 
@@ -83,7 +80,7 @@ def batch_masks(model: nn.Module, batch: Batch) -> dict[StackName, Tensor]:
     elif "decoder_input_ids" in batch and (labels is None or labels.shape != batch["decoder_input_ids"].shape):
         decoder = torch.ones_like(batch["decoder_input_ids"])
     elif labels is not None and _decodes_labels(unwrap(model)):
-        decoder = (labels != IGNORED).long()
+        decoder = (labels != IGNORED_LABEL).long()
     else:
         decoder = mask
     return {"encoder": mask, "decoder": decoder}

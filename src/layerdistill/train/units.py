@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerdistill.core.types import Batch, Unit
+from layerdistill.core.types import IGNORED_LABEL, Batch, Unit
 
 UNITS: tuple[Unit, ...] = ("example", "token", "decoder_token", "label", "batch")
 
@@ -20,11 +20,11 @@ def count_units(batch: Batch, task: str) -> Tensor:
     labelled = torch.tensor(len(tokens))
     decoded = torch.tensor(0)
     if labels is not None and task == "causal-lm":
-        labelled = (labels[:, 1:] != -100).sum()
+        labelled = (labels[:, 1:] != IGNORED_LABEL).sum()
     if "decoder_attention_mask" in batch:
         decoded = batch["decoder_attention_mask"].sum()
     elif labels is not None and labels.ndim == 2 and not labels.is_floating_point():
-        decoded = (labels != -100).sum()
+        decoded = (labels != IGNORED_LABEL).sum()
     counts = [len(tokens), attended, decoded, labelled, 1]
     return torch.stack([torch.as_tensor(count, dtype=torch.float64, device=tokens.device) for count in counts])
 
