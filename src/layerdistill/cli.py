@@ -118,18 +118,17 @@ def demo(output: Annotated[Path, typer.Option(help="Where everything is written.
 def main() -> None:
     """Run the command line and end the process with the status that says what happened."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # typer catches Ctrl-C and returns this; commands return nothing
+            raise KeyboardInterrupt
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt) as error:
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         print(str(error) or "Interrupted. Give the same command again to go on.", file=sys.stderr)
         sys.exit(130)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own usage errors
             if message := error.format_message():

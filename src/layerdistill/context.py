@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +14,13 @@ from transformers import TrainingArguments
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, read_json, write_json
+from layerdistill.core.processes import agreed
 from layerdistill.core.types import Batch
 from layerdistill.data import CALIBRATION
 from layerdistill.evaluate import evaluate_model
 from layerdistill.evaluate.config import LOWER_IS_BETTER
-from layerdistill.train.config import LayerDistillationConfig
+from layerdistill.evaluate.evaluator import rows_at_once
+from layerdistill.train.config import LayerDistillationConfig, count_epochs
 from layerdistill.train.stage import StageInput
 
 Chosen = TypeVar("Chosen")
@@ -26,6 +28,11 @@ Chosen = TypeVar("Chosen")
 DECISIONS_FILE = "decisions.json"
 
 DEFAULTS = {item.name: item.default for item in fields(LayerDistillationConfig)}
+
+
+def known_decisions(path: Path) -> dict[str, Any]:
+    """Return what a decisions file holds, nothing where there is none."""
+    return read_json(path) if path.exists() else {}
 
 
 class LiveContext:
@@ -39,12 +46,7 @@ class LiveContext:
     @property
     def epochs(self) -> int:
         """Passes over the training data in one stage, on all processes together, rounded up."""
-        max_steps = self._argument("max_steps")
-        if max_steps <= 0:
-            return math.ceil(self._argument("num_train_epochs"))
-        per_step = self._argument("per_device_train_batch_size") * self._argument("gradient_accumulation_steps")
-        steps = math.ceil(len(self.given.datasets["train"]) / (per_step * PartialState().num_processes))
-        return math.ceil(max_steps / max(steps, 1))
+        return count_epochs(len(self.given.datasets["train"]), self._argument)
 
     def say(self, sentence: str) -> None:
         """Print a sentence."""
@@ -54,10 +56,11 @@ class LiveContext:
         """Return what decisions.json holds under `name`, else choose and write it there."""
         path = self.given.folder / DECISIONS_FILE
         PartialState().wait_for_everyone()
-        known: dict[str, Any] = read_json(path) if path.exists() else {}
+        known = known_decisions(path)
         PartialState().wait_for_everyone()
         if name not in known:
-            known[name] = choose()
+            chosen = agreed(choose())  # free disk or rounding may differ between processes
+            known = {**known_decisions(path), name: chosen}  # what was decided on the way is kept too
             if PartialState().is_main_process:
                 with explained_disk_errors("The decisions", path):
                     write_json(path, known)
@@ -68,7 +71,9 @@ class LiveContext:
         """Return the calibration rows in batches; raises UserError when none were set aside."""
         if CALIBRATION not in self.given.datasets:
             raise UserError("No rows were set aside for choosing. Give the method a `calibration` section.")
-        return list(self._batches(self.given.datasets[CALIBRATION], self.batch_size))
+        rows = self.given.datasets[CALIBRATION]
+        size = rows_at_once(rows, self.given.collator, self.given.task, self.given.tokenizer, self.batch_size)
+        return list(self._batches(rows, size))
 
     def score(self, model: nn.Module) -> float:
         """Return the first metric on the calibration rows, more is better; raises UserError where it is undefined."""

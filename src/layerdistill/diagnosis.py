@@ -22,6 +22,7 @@ from layerdistill.diagnose.figures import png
 from layerdistill.diagnose.parts import chosen_parts, find_parts
 from layerdistill.diagnose.subject import Subject
 from layerdistill.diagnose.tables import Finding, markdown_page, rich_table
+from layerdistill.evaluate.evaluator import rows_at_once
 from layerdistill.finetune import load_teacher, open_model
 from layerdistill.measurement import reads_the_data
 from layerdistill.prepare import Prepared, prepare
@@ -150,10 +151,11 @@ def one_length(prepared: Prepared) -> Collator:
 
 
 def as_batches(rows: Dataset, collator: Collator, device: torch.device) -> list[Batch]:
-    """Return the rows in order, in batches on the device."""
+    """Return the rows in order, in batches on the device; fewer than BATCH_SIZE where logits would be too large."""
+    size = rows_at_once(rows, collator, collator.task, collator.tokenizer, BATCH_SIZE)
     found: list[Batch] = []
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch = collator([rows[row] for row in range(start, min(start + BATCH_SIZE, len(rows)))])
+    for start in range(0, len(rows), size):
+        batch = collator([rows[row] for row in range(start, min(start + size, len(rows)))])
         found.append({name: value.to(device) for name, value in batch.items()})
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -11,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from layerdistill.core.types import Pair, StagePreview
+from layerdistill.core.types import StagePreview
 from layerdistill.matching import LayerMap, map_rows
 from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
-from layerdistill.prepare import Prepared, prepare
+from layerdistill.prepare import Prepared, prepare, with_shapes
 from layerdistill.recipe import Recipe, dump_recipe
 
 BYTES = 4
@@ -114,7 +113,7 @@ def show_terms(prepared: Prepared, console: Console) -> None:
     """Print the method's terms with their coefficients, and each layer map in both index forms."""
     recipe = prepared.recipe
     console.print(f"Method: [bold]{recipe.method.name}[/bold], {find_method(recipe.method.name).summary}")
-    pair = shapes(prepared)
+    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
     whole = count_parameters(pair.teacher)["total"] if pair.teacher is not None else 0
     for stage in prepared.method.preview(pair, recipe.method):
         console.print(f"Stage {stage.name}: {', '.join(stage.terms)}")
@@ -122,14 +121,6 @@ def show_terms(prepared: Prepared, console: Console) -> None:
             console.print(layer_table(layer_map))
         for note in stage_notes(stage, whole):
             console.print(note, highlight=False)
-
-
-def shapes(prepared: Prepared) -> Pair:
-    """Return the pair with models on the meta device: shapes without numbers."""
-    task, labels = prepared.recipe.data.task, prepared.labels.num_labels or None
-    config = prepared.teacher_config
-    teacher = empty_model(config, task, labels) if config is not None else None
-    return replace(prepared.pair, teacher=teacher, student=empty_model(prepared.student_config, task, labels))
 
 
 def stage_notes(stage: StagePreview, whole: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from datasets import Dataset
@@ -25,9 +25,11 @@ from layerdistill.data import (
     tokenise,
 )
 from layerdistill.evaluate import metric_problems
+from layerdistill.methods.curriculum import too_late
 from layerdistill.methods.table import find_method
 from layerdistill.models import (
     depths_from_config,
+    empty_model,
     load_config,
     new_config,
     resolve_model_source,
@@ -37,7 +39,7 @@ from layerdistill.models import (
 from layerdistill.models.adapter_files import planned_adapters
 from layerdistill.recipe import Recipe
 from layerdistill.train.arguments import training_problems
-from layerdistill.train.config import LayerDistillationConfig, build_arguments
+from layerdistill.train.config import LayerDistillationConfig, build_arguments, count_epochs
 
 Result = TypeVar("Result")
 
@@ -143,18 +145,56 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
             "the teacher (student.num_blocks)."
         )
     if teacher_config is not None:
-        problems.found += method.problems(recipe.method, pair)
+        problems.found += method_problems(method, recipe, pair, teacher_config, student_config, labels)
     longest = [positions(config) for config in (teacher_config, student_config) if config is not None]
     datasets = problems.attempt(
         tokenised_splits, splits, recipe, tokenizer, labels, min(filter(None, longest), default=None)
     )
     problems.stop()
     assert datasets is not None
+    arguments = build_arguments(recipe.training, recipe.output, recipe.seed)
+    problems.found += curriculum_problems(recipe, arguments, len(datasets["train"]))
+    problems.stop()
     return Prepared(
         recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
-        make_collator(recipe, tokenizer), vocabulary, pair,
-        build_arguments(recipe.training, recipe.output, recipe.seed),
+        make_collator(recipe, tokenizer), vocabulary, pair, arguments,
     )  # fmt: skip
+
+
+def method_problems(
+    method: Method,
+    recipe: Recipe,
+    pair: Pair,
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    labels: LabelSpace,
+) -> list[str]:
+    """Return why the method cannot work on this pair, as far as numbers of layers, widths and shapes tell it."""
+    found = method.problems(recipe.method, pair)
+    if found:
+        return found
+    try:
+        shapes = with_shapes(pair, teacher, student, labels)
+    except UserError:  # a model with code of its own is looked at when it is loaded
+        return []
+    return method.problems(recipe.method, shapes)
+
+
+def with_shapes(pair: Pair, teacher: PreTrainedConfig | None, student: PreTrainedConfig, labels: LabelSpace) -> Pair:
+    """Return the pair with models on the meta device, shapes without numbers; raises UserError like `empty_model`."""
+    models = [
+        empty_model(config, pair.task, labels.num_labels or None) if config is not None else None
+        for config in (teacher, student)
+    ]
+    assert models[1] is not None, "a student always has a config"
+    return replace(pair, teacher=models[0], student=models[1])
+
+
+def curriculum_problems(recipe: Recipe, arguments: LayerDistillationConfig, examples: int) -> list[str]:
+    """Return whether the method's curriculum begins after the training."""
+    start = getattr(getattr(recipe.method, "curriculum", None), "start", None)
+    problem = too_late(start, count_epochs(examples, lambda name: getattr(arguments, name)))
+    return [problem] if problem is not None else []
 
 
 def tokenised_splits(

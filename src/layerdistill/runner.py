@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from layerdistill.context import LiveContext
+from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.types import Pair
 from layerdistill.evaluate import metrics_in_training
@@ -61,6 +62,8 @@ def run(
         teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
         student = load_student_model(prepared, teacher.model)
         pair = replace(prepared.pair, teacher=teacher.model, student=student, teacher_adapters=teacher.adapters)
+        if pair.teacher is not None and (problems := prepared.method.problems(recipe.method, pair)):
+            raise UserError(*problems)
         # Only now nothing of the recipe can be wrong any more, and what an earlier run left may go.
         if again:
             forget(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 import yaml
+from method_recipe import method_recipe
 from rich.console import Console
 from task_recipes import task_recipe
 from toy_recipe import toy_recipe
@@ -100,7 +101,7 @@ def test_plan_shows_the_layers_in_both_index_forms(
     for expected in (["0", "0", "embeddings", "embeddings"], ["1", "2", "0", "1"], ["2", "4", "1", "3"]):
         assert expected in rows
     assert "1 × task, 1 × logits, 1 × hidden per pair" in text, "3 over three pairs"
-    assert f"Projections: {3 * 16 * 32:,} parameters" in text
+    assert f"Helpers (projections, filters): {3 * 16 * 32:,} parameters, trained and thrown away." in text
     assert "teacher and student have the same token ids; 60 ids are compared" in text
     assert "Labels: 3 (LABEL_0, LABEL_1, LABEL_2)" in text
     assert "11 steps of 8 examples" in text
@@ -129,8 +130,9 @@ def test_plan_says_where_vocabularies_are_padded(tmp_path: Path, terminal: Termi
 
 @pytest.mark.parametrize("method", METHODS)
 def test_plan_works_for_every_method(method: str, tmp_path: Path, terminal: Terminal) -> None:
-    text = terminal("plan", written(tmp_path, toy_recipe(tmp_path, method)))
+    text = terminal("plan", written(tmp_path, method_recipe(tmp_path, method)))
     assert f"Method: {method}, {METHODS[method].summary}" in text
+    assert "Stage " in text
     assert not (tmp_path / "run").exists()
 
 
@@ -151,7 +153,9 @@ def test_train_then_evaluate(tmp_path: Path, terminal: Terminal) -> None:
     assert found["model"] == pytest.approx(result["student"], rel=1e-6)
     assert found["cost"]["model"]["parameters"] == result["cost"]["student"]["parameters"]
     of_teacher = json.loads(terminal("evaluate", str(tmp_path / "teacher"), recipe, "--set", "evaluation.cost=false"))
-    assert of_teacher == {"split": "validation", "model": pytest.approx(result["teacher"], rel=1e-6)}
+    assert of_teacher == {
+        "split": "validation", "model": pytest.approx(result["teacher"], rel=1e-6), "chance": result["chance"],
+    }  # fmt: skip
 
 
 def test_again_on_the_command_line(tmp_path: Path, terminal: Terminal) -> None:

@@ -172,7 +172,11 @@ def test_two_stacks_are_compared_each_with_its_own() -> None:
         shared_stacks(teacher, tiny_model("bert"))
 
 
-def test_what_does_not_fit_into_memory_is_left_out() -> None:
+def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LeftOut, match=r"the products would take 1000000000\.0 GB of memory, of which"):
-        refuse_more_than_free(1e18, "the products")
-    refuse_more_than_free(10.0, "the products")
+        refuse_more_than_free(1e18, "the products", torch.device("cpu"))
+    refuse_more_than_free(10.0, "the products", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4e9, 8e9))
+    refuse_more_than_free(1.9e9, "the products", torch.device("cuda"))
+    with pytest.raises(LeftOut, match=r"would take 2\.1 GB of memory, of which 4\.0 GB are free"):
+        refuse_more_than_free(2.1e9, "the products", torch.device("cuda"))

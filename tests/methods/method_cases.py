@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
+from toy import toy_dataset
+from toy_recipe import toy_tokenizer
 from transformers import PreTrainedModel
 
 import layerdistill as ld
+from layerdistill.core.fingerprint import fingerprint_model
 from layerdistill.methods.table import METHODS
 from layerdistill.models.projections import projection_paths
 
 ENCODERS = ("bert", "roberta", "deberta-v2", "modernbert")
 DECODERS = ("gpt2", "opt", "gpt-neox", "llama", "qwen3", "phi")
 FAMILIES = (*ENCODERS, *DECODERS)
+PAIRS = [(method, family) for method in METHODS for family in FAMILIES]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora_ild": {"rank": 4},
@@ -64,3 +69,21 @@ def make_start(method: str, family: str, teacher: Any) -> PreTrainedModel | None
     if method == "ted" and family in DECODERS:  # the filters of a language model need the model's width
         return ld.make_student(base, num_blocks=2)
     return ld.make_student(base, num_blocks=2, hidden_size=16, init="truncate")
+
+
+def distilled(method: str, family: str, folder: Path, steps: int, **changes: Any) -> tuple[Any, PreTrainedModel]:
+    """Run a method from its start with a teacher of its own; return the teacher and the student."""
+    teacher = make_teacher(method, family)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
+        save_steps=4, logging_steps=5, disable_tqdm=True, lr_scheduler_type="constant", seed=11,
+        dataloader_pin_memory=False, **changes,
+    )  # fmt: skip
+    before = fingerprint_model(teacher)
+    result = ld.distill(
+        teacher if method != "none" else None, make_start(method, family, teacher),
+        toy_dataset(task_of(family), size=56, seed=3), method=method, processing_class=toy_tokenizer(), args=args,
+        **OPTIONS.get(method, {}),
+    )  # fmt: skip
+    assert fingerprint_model(teacher) == before, "the teacher keeps its weights"
+    return teacher, result.student

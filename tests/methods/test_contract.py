@@ -1,46 +1,23 @@
-"""Every method x every fitting family: it learns, spares its teacher, resumes exactly, gives a student that opens."""
+"""Every method x every fitting family: it learns, spares its teacher, gives a student that opens."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from method_cases import FAMILIES, OPTIONS, auto_class, make_start, make_teacher, task_of
+from method_cases import OPTIONS, PAIRS, auto_class, distilled, task_of
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from toy import ToyCollator, toy_dataset
-from toy_recipe import toy_tokenizer
 from transformers import PreTrainedModel
 
 import layerdistill as ld
-from layerdistill.core.fingerprint import fingerprint_model
 from layerdistill.methods.table import METHODS
-from layerdistill.train.trainer import StageTrainer
 
 STEPS = 30
 ONE_STAGE = [name for name in METHODS if METHODS[name].one_stage]
-PAIRS = [(method, family) for method in METHODS for family in FAMILIES]
-
-
-def distilled(method: str, family: str, folder: Path, steps: int, **changes: Any) -> tuple[Any, PreTrainedModel]:
-    """Run a method from its start with a teacher of its own; return the teacher and the student."""
-    teacher = make_teacher(method, family)
-    args = ld.LayerDistillationConfig(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
-        save_steps=4, logging_steps=5, disable_tqdm=True, lr_scheduler_type="constant", seed=11,
-        dataloader_pin_memory=False, **changes,
-    )  # fmt: skip
-    before = fingerprint_model(teacher)
-    result = ld.distill(
-        teacher if method != "none" else None, make_start(method, family, teacher),
-        toy_dataset(task_of(family), size=56, seed=3), method=method, processing_class=toy_tokenizer(), args=args,
-        **OPTIONS.get(method, {}),
-    )  # fmt: skip
-    assert fingerprint_model(teacher) == before, "the teacher keeps its weights"
-    return teacher, result.student
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{method}-{family}" for method, family in PAIRS])
@@ -55,41 +32,6 @@ def test_contract(method: str, family: str, tmp_path: Path) -> None:
     if METHODS[method].grows_student:
         size = sum(parameter.numel() for parameter in student.parameters())
         assert size < sum(parameter.numel() for parameter in teacher.parameters())
-
-
-@pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{method}-{family}" for method, family in PAIRS])
-def test_stopped_at_any_step_and_resumed(
-    method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that dies in the middle of a step and is started again ends with the same bits."""
-    _, whole = distilled(method, family, tmp_path / "whole", 9)
-    steps = len(trained_steps(tmp_path / "whole"))
-    left = [2 * steps // 3]
-    step = StageTrainer.training_step
-
-    def dying(self: StageTrainer, *args: Any, **options: Any) -> torch.Tensor:
-        left[0] -= 1
-        if left[0] == 0:
-            raise SystemExit(9)
-        return step(self, *args, **options)
-
-    monkeypatch.setattr(StageTrainer, "training_step", dying)
-    with pytest.raises(SystemExit):
-        distilled(method, family, tmp_path / "again", 9)
-    left[0] = -1
-    _, resumed = distilled(method, family, tmp_path / "again", 9)
-    assert whole.state_dict().keys() == resumed.state_dict().keys()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-
-
-def trained_steps(folder: Path) -> list[tuple[str, int]]:
-    """Every optimisation step of a run: the last step of each of its stages tells how many there were."""
-    last: dict[str, int] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        found = json.loads(line)
-        last[found["stage"]] = max(found["step"], last.get(found["stage"], 0))
-    return [(stage, step) for stage, count in last.items() for step in range(count)]
 
 
 def reopens(student: PreTrainedModel, folder: Path, family: str) -> None:
@@ -172,8 +114,9 @@ def test_every_task(method: str, task: str, tmp_path: Path) -> None:
     assert "distill/logits" in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("method", [name for name in ONE_STAGE if name != "none"])
+@pytest.mark.parametrize("method", [name for name in ONE_STAGE if name not in ("none", "rail_kd")])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(method: str, tmp_path: Path) -> None:
+    """Of rail_kd this is not true: the maps of the two sides are drawn independently of one another."""
     teacher = tiny_model("bert", "sequence-classification", num_layers=3, seed=1)
     student = ld.make_student(teacher)
     weights = {"task": 0.0} if method == "kd" else {"task": 0.0, "logits": 1.0, "hidden": 1.0}

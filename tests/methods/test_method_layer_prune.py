@@ -20,6 +20,7 @@ from toy_recipe import toy_tokenizer
 from transformers import PreTrainedModel, TrainingArguments
 
 import layerdistill as ld
+from layerdistill.api import make_pair
 from layerdistill.context import LiveContext
 from layerdistill.core.errors import UserError
 from layerdistill.core.fingerprint import fingerprint_model
@@ -320,3 +321,23 @@ def test_the_depth_ladder_of_qwen_3b() -> None:
     assert previews[0].terms == ["1 × logits", "1 × hidden per pair"]
     (alone,) = METHOD.preview(pair, LayerPruneConfig(num_blocks=28, iterative=False, repair={"scope": "none"}))
     assert (alone.terms, alone.student_parameters) == (["no training"], left[8])
+
+
+def test_blocks_that_cannot_go_are_refused_before_anything_is_ranked() -> None:
+    pair = make_pair(*(tiny_model("gpt2", "causal-lm") for _ in range(2)), seed=1)
+    assert METHOD.problems(LayerPruneConfig(num_removed=1), pair) == []
+    pair.student.config.scale_attn_by_inverse_layer_idx = True
+    (problem,) = METHOD.problems(LayerPruneConfig(num_removed=1), pair)
+    assert "scale_attn_by_inverse_layer_idx" in problem
+    assert METHOD.problems(LayerPruneConfig(num_removed=1, importance="block_influence"), pair) == []
+    pair.student.config.layerdistill = {"replaced": [1]}
+    (problem,) = METHOD.problems(LayerPruneConfig(num_removed=1), pair)
+    assert "compact blocks in the places [1]" in problem
+    albert = transformers.AlbertConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=4
+    )
+    shared = empty_model(albert, "sequence-classification")
+    depth, width = {"": 4}, {"": 32}
+    without = Pair(shared, shared, "sequence-classification", depth, depth, width, width, None, 0)
+    (problem,) = METHOD.problems(LayerPruneConfig(num_removed=1), without)
+    assert "blocks of AlbertForSequenceClassification cannot be told" in problem

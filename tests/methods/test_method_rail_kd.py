@@ -86,6 +86,14 @@ def test_the_published_numbers_of_discarded_parameters(form: str, discarded: int
     assert (len(term.teacher_maps["only"].maps), len(term.student_maps["only"].maps)) == expected
 
 
+@pytest.mark.parametrize("form", ["layerwise", "concatenated"])
+def test_a_map_drawn_once_has_maps_for_what_it_drew_only(form: str) -> None:
+    term = hidden(LARGE_TO_BASE, form=form, redraw="run")
+    drawn = {teacher for layer_map in term.maps for _, group in layer_map.refs_at(7, 99) for teacher in group}
+    assert set(term.teacher_maps["only"].layers) == drawn
+    assert len(drawn) == 6
+
+
 def test_the_defaults_are_those_of_the_runs() -> None:
     config = RailKdConfig()
     assert (config.layer_map, config.redraw, config.temperature) == ("in_order_random", "epoch", 1.0)

@@ -15,17 +15,18 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from method_recipe import method_recipe
 from rich.console import Console
-from toy_recipe import toy_recipe
 
 from layerdistill.runner import run
 
 DEADLINE = 120
 
 
-def start(recipe: dict) -> int:
+def start(recipe: dict[str, Any]) -> int:
     """Fork a run and return its process id."""
     child = os.fork()
     if child:
@@ -81,12 +82,30 @@ def student_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "student" / "model.safetensors").read_bytes()).hexdigest()
 
 
+def logged_steps(folder: Path) -> list[tuple[str, int]]:
+    """The stage and step of every logged loss: a step of the same number comes again in another stage."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"]) for line in lines if "loss" in line]
+
+
+def history(folder: Path) -> tuple[list[tuple[str, int]], Any]:
+    """The logged steps, and what the method has chosen (None for one that chooses nothing)."""
+    path = folder / "decisions.json"
+    return logged_steps(folder), json.loads(path.read_text()) if path.exists() else None
+
+
+def shortened(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with many saves, and about 24 steps in all its stages together."""
+    steps = {"ted": 8, "layer_prune": 12, "iskd": 9}.get(recipe["method"]["name"], 24)
+    recipe["training"] |= {"save_steps": 2, "max_steps": steps}
+    recipe["evaluation"] = {"cost": False}
+    return recipe
+
+
 def main(folder: Path, trials: int, method: str) -> None:
     """Run the trials."""
     generator = random.Random(20)
-    recipe = toy_recipe(folder, method)
-    recipe["training"]["save_steps"] = 2
-    recipe["training"]["max_steps"] = 24
+    recipe = shortened(method_recipe(folder, method))
     began = time.monotonic()
     assert finish(start({**recipe, "output": str(folder / "whole")})) == 0
     whole_time = time.monotonic() - began
@@ -102,14 +121,14 @@ def main(folder: Path, trials: int, method: str) -> None:
         finished_before = (output / "evaluation.json").exists()
         status = finish(start({**recipe, "output": str(output)}))
         same = status == 0 and student_hash(output) == expected
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        steps = [line["step"] for line in lines if "loss" in line]
+        steps = logged_steps(output)
         left = [str(path) for path in output.rglob(".partial-*")]
         print(
             json.dumps(
                 {
                     "trial": trial, "killed": how, "checkpoints": found, "finished_before": finished_before,
                     "status": status, "same": same, "steps_once": len(steps) == len(set(steps)), "left": left,
+                    "as_whole": history(output) == history(folder / "whole"),
                 }
             ),
             flush=True,

@@ -40,6 +40,7 @@ def assert_all_same(trials: list[dict]) -> None:
         assert trial["status"] == 0, trial
         assert trial["same"], trial
         assert trial["steps_once"], trial
+        assert trial["as_whole"], trial
         assert trial["left"] == [], trial
 
 
@@ -49,9 +50,16 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     assert_all_same(trials)
 
 
+@pytest.mark.parametrize("method", ["ted", "layer_prune"])
+def test_killed_between_and_in_stages_and_resumed_is_bit_identical(tmp_path: Path, method: str) -> None:
+    trials = kill_trials(tmp_path, 2, method)
+    assert len(trials) == 2
+    assert_all_same(trials)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("method", ["none", "ild"])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", ["none", "ild", "lora_ild", "ted", "iskd", "layer_prune"])
 def test_twenty_random_kills(tmp_path: Path, method: str) -> None:
     trials = kill_trials(tmp_path, 20, method)
     assert len(trials) == 20

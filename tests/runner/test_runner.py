@@ -180,9 +180,10 @@ def test_perplexity_is_that_of_the_saved_student_in_float64(runs: dict[str, Any]
 def test_evaluating_the_folder_gives_the_runs_own_numbers(task: str, runs: dict[str, Any]) -> None:
     recipe, result = runs[task]
     before = contents(result.folder)
+    chance = json.loads((result.folder / "evaluation.json").read_text())["chance"]
     for model in (result.folder, result.student):
         found = evaluate_folder(str(model), load_recipe(recipe, ["evaluation.cost=false"]))
-        assert found == {"split": "validation", "model": pytest.approx(result.metrics, rel=1e-6)}
+        assert found == {"split": "validation", "model": pytest.approx(result.metrics, rel=1e-6), "chance": chance}
     assert contents(result.folder) == before, "evaluating writes nothing"
 
 

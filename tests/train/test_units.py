@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from tiny_models import tiny_model
 
+from layerdistill.signals.source import batch_masks
 from layerdistill.train.units import UNITS, count_of, sum_units
 
 
@@ -26,6 +29,23 @@ def test_classification_counts_examples_as_labels() -> None:
     counts = sum_units([batch], "sequence-classification")
     assert count_of(counts, "label") == 3
     assert count_of(counts, "token") == 15, "without a mask every position is real"
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        ("sequence-classification", torch.tensor([0, 2])),
+        ("regression", torch.tensor([0.5, 1.5])),
+        ("multi-label-classification", torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])),
+        ("multi-label-classification", torch.tensor([[0, 1, 1], [1, 0, 0]])),
+    ],
+)
+def test_the_decoder_of_a_classifier_reads_what_its_encoder_reads(task: str, labels: torch.Tensor) -> None:
+    model = tiny_model("bart", "sequence-classification")
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    batch = {"input_ids": torch.full((2, 5), 2), "attention_mask": mask, "labels": labels}
+    counts = sum_units([batch], task)
+    assert count_of(counts, "decoder_token") == batch_masks(model, batch)["decoder"].sum() == 6
 
 
 def test_a_step_without_labels_divides_by_one() -> None:

@@ -6,6 +6,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -13,10 +14,12 @@ from accelerate.utils import broadcast_object_list
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors
 
+Value = TypeVar("Value")
 
-def agreed(value: bool) -> bool:
+
+def agreed(value: Value) -> Value:
     """Return the main process's value on every process; what one of them sees on the disk, another may see later."""
-    return bool(broadcast_object_list([value])[0]) if PartialState().num_processes > 1 else value
+    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 @contextmanager

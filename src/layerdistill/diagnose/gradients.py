@@ -77,7 +77,8 @@ def angles_of_gradients(
     below = _reached(ours, parameters)
     count = sum(parameter.numel() for parameter in below)
     # Twice: the list, and the stack made of it.
-    refuse_more_than_free(2.0 * count * len(targets) * ours.element_size(), "the gradients of all matching losses")
+    needed = 2.0 * count * len(targets) * ours.element_size()
+    refuse_more_than_free(needed, "the gradients of all matching losses", ours.device)
     gradients = torch.stack([_gradient(masked_mse(ours, target, mask).value, below) for target in targets])
     rows = torch.stack([real_rows(ours.detach() - target, mask).flatten() for target in targets])
     return GradientAngles(*_angles(rows), *_angles(gradients), count)

@@ -30,7 +30,8 @@ def similarity_matrix(
     `matching.linear_cka`), about 0 for unrelated layers however wide; the plain one grows with width / tokens. Raises
     LeftOut where the sums do not fit into memory, UserError for fewer than 2 (4) tokens.
     """
-    refuse_more_than_free(sum_bytes(teacher, student, stack), "the products of all pairs of layers")
+    place = next(teacher.parameters()).device
+    refuse_more_than_free(sum_bytes(teacher, student, stack), "the products of all pairs of layers", place)
     ours: list[LayerSums] = []
     theirs: list[LayerSums] = []
     both: list[list[CrossSums]] = []

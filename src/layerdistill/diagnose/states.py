@@ -88,9 +88,9 @@ def refuse_wider_student(teacher: nn.Module, student: nn.Module, stack: StackNam
         )
 
 
-def refuse_more_than_free(needed_bytes: float, what: str) -> None:
-    """Raise LeftOut when more than half of the free memory of this machine would be taken."""
-    free = psutil.virtual_memory().available
+def refuse_more_than_free(needed_bytes: float, what: str, place: torch.device) -> None:
+    """Raise LeftOut when more than half of the free memory would be taken: of the device, or of this machine."""
+    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
     if needed_bytes > free / 2:
         raise LeftOut(
             f"{what} would take {needed_bytes / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free here"

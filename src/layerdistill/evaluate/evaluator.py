@@ -137,6 +137,15 @@ def _check(dataset: Dataset, task: str, metrics: Sequence[str]) -> None:
         raise UserError(*problems)
 
 
+def rows_at_once(dataset: Any, collator: Collator, task: str, tokenizer: Any, most: int) -> int:
+    """Return how many rows a batch may hold: `most`, but of a language model what LOGITS_BYTES leaves, at least one."""
+    if task != "causal-lm" or tokenizer is None:
+        return most
+    longest = max((dataset[row] for row in range(len(dataset))), key=lambda row: len(row["input_ids"]))
+    positions = collator([longest])["input_ids"].shape[1]
+    return max(1, min(most, LOGITS_BYTES // (4 * len(tokenizer) * positions)))
+
+
 def _label_column(dataset: Dataset) -> str:
     return "labels" if "labels" in dataset.column_names else "label"
 

@@ -36,6 +36,16 @@ class CurriculumConfig(SectionConfig):
     """What it comes to: normal is 1/3 each; kd_rem is 1/2 task and 1/2 hidden, without the logits."""
 
 
+def too_late(start: int | None, epochs: int) -> str | None:
+    """Return a sentence when a curriculum begins after a training of so many epochs, else None (or without one)."""
+    if start is None or start < epochs:
+        return None
+    return (
+        f"method.curriculum.start is {start}, but the training has {epochs} epochs, counted from 0: the loss between "
+        f"the adapters would never begin. Take at most {epochs - 1}, or train longer."
+    )
+
+
 @dataclass(frozen=True)
 class Curriculum:
     """The coefficients of a training of `epochs` epochs, from 0.

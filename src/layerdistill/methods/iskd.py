@@ -50,7 +50,6 @@ class IterativeStructuredKnowledgeDistillation:
         replacing = Replacing(pair.student, shape_of(config), config.init, pair.seed)
         order = context.decide("iskd-order", lambda: chosen_order(config, pair, context))
         order = order[: number_of(config, pair)]
-        replacing.refuse_faults(order)
         context.say(f"Blocks are replaced in this order, counted from 0: {', '.join(map(str, order))}.")
         if config.schedule == "bernoulli":
             yield from self._all_at_once(replacing, order, pair, config, context)
@@ -150,12 +149,20 @@ class IterativeStructuredKnowledgeDistillation:
                 + ("method.order lists" if isinstance(config.order, list) else "the model has")
                 + f" {available} blocks. Give at most that."
             )
-        if any(True for _ in pair.student.parameters()):
-            try:
-                describe_compact(pair.student, shape_of(config))
-            except UserError as error:
-                problems.extend(error.problems)
-        return problems
+        return problems or block_problems(config, pair)
+
+
+def block_problems(config: IskdConfig, pair: Pair) -> list[str]:
+    """Return why compact blocks do not fit the student: by its shapes if it has any, by a trial if it has numbers."""
+    first = next(pair.student.parameters(), None)
+    if first is None:
+        return []
+    try:
+        replacing = Replacing(pair.student, shape_of(config), config.init, pair.seed)
+    except UserError as error:
+        return list(error.problems)
+    places = config.order if isinstance(config.order, list) else range(depth_of(pair))
+    return [] if first.is_meta else replacing.faults(places)
 
 
 def shape_of(config: IskdConfig) -> CompactShape:

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from layerdistill.core.config import SectionConfig
+from layerdistill.core.errors import UserError
 from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.data import CalibrationConfig
 from layerdistill.methods.preview import describe_term
@@ -23,9 +24,10 @@ from layerdistill.methods.prune_repair import (
     repair_map,
     repair_terms,
 )
-from layerdistill.models import count_parameters, shrink_config
+from layerdistill.models import count_parameters, find_stacks, shrink_config
 from layerdistill.models.remove_blocks import remove_blocks
 from layerdistill.models.shrink import build_on_meta
+from layerdistill.signals.skip import skipped
 
 
 class LayerPruneConfig(SectionConfig):
@@ -102,7 +104,8 @@ class LayerPruning:
             if config.repair.scope != "none":
                 yield from self.repair(number, found["removed"], kept, pair, config)
             metrics = context.decide(f"round-{number}-evaluation", partial(context.evaluate, student))
-            context.say(f"Round {number}: {len(kept)} blocks left; {metrics or 'no validation data to evaluate on'}.")
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+            context.say(f"Round {number}: {len(kept)} blocks left; {scores or 'no validation data to evaluate on'}.")
         total = candidates(config.importance, depth, plan)
         context.say(f"{total} one-out candidates were evaluated in {len(plan)} rounds.")
 
@@ -143,7 +146,8 @@ class LayerPruning:
         """A number of blocks that cannot be removed, a criterion or a loss that does not fit, or nothing to learn."""
         if set(pair.teacher_depth) != {""}:
             return ["layer_prune works on models with one stack of blocks; this teacher has an encoder and a decoder."]
-        return [*depth_problems(config, pair.teacher_depth[""]), *loss_problems(config, pair.task)]
+        problems = [*depth_problems(config, pair.teacher_depth[""]), *loss_problems(config, pair.task)]
+        return problems or block_problems(config, pair)
 
 
 def removed_in_all(config: LayerPruneConfig, depth: int) -> int:
@@ -168,8 +172,8 @@ def describe_round(number: int, count: int, found: dict[str, Any]) -> str:
     """Return what a round decided, in one sentence."""
     least = ", ".join(f"{found['scores'][block]:.4g}" for block in found["removed"])
     return (
-        f"Round {number} of {count}: removed block {listed(found['removed'])} of {len(found['scores'])} (block "
-        f"{listed(found['removed_original'])} of the teacher, from 0); {found['importance']} {least}, "
+        f"Round {number} of {count}: of blocks 0 to {len(found['scores']) - 1} removed {listed(found['removed'])} (block "
+        f"{listed(found['removed_original'])} of the teacher); {found['importance']} {least}, "
         f"{found['candidates_evaluated']} candidates evaluated."
     )
 
@@ -195,6 +199,23 @@ def depth_problems(config: LayerPruneConfig, depth: int) -> list[str]:
         return ["method.per_round belongs to iterative: true; with iterative: false all blocks go at once. Leave it."]
     if config.per_round > removed:
         return [f"method.per_round is {config.per_round}, but only {removed} blocks go. Give at most that."]
+    return []
+
+
+def block_problems(config: LayerPruneConfig, pair: Pair) -> list[str]:
+    """Return why blocks of the student cannot be found, left out for a trial, or removed; nothing without models."""
+    if pair.teacher is None:
+        return []
+    student: Any = pair.student
+    depth = pair.student_depth[""]
+    try:
+        find_stacks(student)
+        shrink_config(student.config, depth - removed_in_all(config, depth), copy_map="first")
+        if candidates(config.importance, depth, [1]):
+            with skipped(student, [depth - 1]):
+                pass
+    except UserError as error:
+        return list(error.problems)
     return []
 
 

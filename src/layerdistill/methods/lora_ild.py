@@ -13,7 +13,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.matching import LayerMap
 from layerdistill.methods.adapter_term import AdapterTerm
-from layerdistill.methods.curriculum import AFTER, BEFORE, Curriculum, CurriculumConfig, ScheduledTerm
+from layerdistill.methods.curriculum import AFTER, BEFORE, Curriculum, CurriculumConfig, ScheduledTerm, too_late
 from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
 from layerdistill.methods.matched import LayerMapConfig, LayerName, Strategy, build_maps
 from layerdistill.methods.task_term import TaskTerm
@@ -236,11 +236,8 @@ def build_terms(config: LoraIldConfig, pair: Pair, epochs: int) -> list[nn.Modul
     """Return the terms that ever count; raises UserError for a curriculum that begins after the training."""
     curriculum = None
     if (start := config.curriculum.start) is not None:
-        if start >= epochs:
-            raise UserError(
-                f"method.curriculum.start is {start}, but the training has {epochs} epochs, counted from 0: the loss "
-                f"between the adapters would never begin. Take at most {epochs - 1}, or train longer."
-            )
+        if problem := too_late(start, epochs):
+            raise UserError(problem)
         curriculum = Curriculum(start, config.curriculum.shape, config.curriculum.mode, epochs)
     weights = config.weights if curriculum is None else LoraIldWeights(task=1.0, logits=1.0, hidden=1.0)
     terms: list[Any] = []

@@ -145,10 +145,11 @@ class PooledTerm(nn.Module):
 def teacher_layers(layer_map: LayerMap) -> list[LayerRef]:
     """Return every teacher layer that a map can name, at any time of training.
 
-    Only `in_order_random` reaches layers that its first draw may lack; `random` permutes what it has.
+    Only `in_order_random` reaches layers that its first draw may lack, and only if it is drawn anew; `random` permutes
+    what it has.
     """
     named = {layer for _, group in layer_map.groups for layer in group}
-    if layer_map.strategy == "in_order_random":
+    if layer_map.strategy == "in_order_random" and layer_map.redraw != "run":
         named |= set(range(1, layer_map.teacher_layers + 1))
     return [LayerRef(layer_map.stack, layer) for layer in sorted(named)]
 

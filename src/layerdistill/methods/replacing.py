@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import random_for
 from layerdistill.methods.mixed_block import FittedBlock, MixedBlock
 from layerdistill.models import unwrap
@@ -84,8 +83,8 @@ class Replacing:
             if isinstance(module, MixedBlock):
                 module.old.requires_grad_(False)
 
-    def refuse_faults(self, numbers: Sequence[int]) -> None:
-        """Raise UserError when a compact block lets a token see a later one, or padding, where the old block did not.
+    def faults(self, numbers: Sequence[int]) -> list[str]:
+        """Return why a compact block lets a token see a later one, or padding, where the old block did not.
 
         One block of each kind that the model has is put in, tried on random tokens, and taken out again.
         """
@@ -101,10 +100,11 @@ class Replacing:
             finally:
                 put_block(self.model, self.description, number, old)
             if found:
-                raise UserError(
+                return [
                     f"A compact block made of {type(old).__name__} in the place of block {number} cannot be used: "
                     f"{'; '.join(found)}. No training was done. Take a model of another architecture."
-                )
+                ]
+        return []
 
 
 def bernoulli_share(start: float, slope: float, seed: int, step: int, place: int) -> float:

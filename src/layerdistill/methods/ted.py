@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef, Mean, Pair, RunContext, StackName, Stage, StagePreview, TeacherSource
 from layerdistill.matching import LayerMap, masked_mse
@@ -83,7 +84,20 @@ class TaskAwareDistillation:
 
     def problems(self, config: TedConfig, pair: Pair) -> list[str]:
         """A layer map or a loss that does not fit, or filters that do not fit the widths."""
-        return ted_problems(config, pair)
+        return ted_problems(config, pair) or head_problems(config, pair)
+
+
+def head_problems(config: TedConfig, pair: Pair) -> list[str]:
+    """Return why the filters of a language model cannot be learned through its head; needs models with numbers."""
+    if pair.task != "causal-lm" or config.filters != "learned" or pair.teacher is None:
+        return []
+    for model in (pair.teacher, pair.student):
+        if not next(model.parameters()).is_meta:
+            try:
+                LanguageHead(model)
+            except UserError as error:
+                return list(error.problems)
+    return []
 
 
 def finetune_stage(pair: Pair, config: TedConfig) -> Stage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +22,14 @@ def print_result(result: Any, console: Console) -> None:
             theirs = find(teacher, path)
             table.add_row(label, count(value * scale), count(theirs * scale) if theirs is not None else "")
     console.print(table)
-    console.print(f"The student is in {result.student}; plain transformers opens it.", highlight=False)
+    console.print(f"The student is in {result.student}; {how_to_open(result.student)}.", highlight=False)
+
+
+def how_to_open(student: Path) -> str:
+    """Return what opens a saved student; without trust_remote_code, one with a modelling file gets random blocks."""
+    if any(student.glob("modeling_*.py")):
+        return "layerdistill.load_student opens it, or plain transformers with trust_remote_code=True (not without)"
+    return "plain transformers opens it"
 
 
 COST_ROWS = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 TERM_GRADIENT_STEPS = 200
@@ -63,3 +66,16 @@ def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> Lay
     if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
         arguments.save_total_limit = 2  # transformers would delete the newest checkpoint when it is not the best
     return arguments
+
+
+def count_epochs(examples: int, argument: Callable[[str], Any]) -> int:
+    """Return the passes over `examples` in one stage, on all processes together, rounded up.
+
+    `argument` gives a training argument by its name.
+    """
+    max_steps = argument("max_steps")
+    if max_steps <= 0:
+        return math.ceil(argument("num_train_epochs"))
+    per_step = argument("per_device_train_batch_size") * argument("gradient_accumulation_steps")
+    steps = math.ceil(examples / (per_step * PartialState().num_processes))
+    return math.ceil(max_steps / max(steps, 1))

@@ -13,17 +13,20 @@ UNITS: tuple[Unit, ...] = ("example", "token", "decoder_token", "label", "batch"
 
 
 def count_units(batch: Batch, task: str) -> Tensor:
-    """Return the counts of one micro-batch in the order of UNITS, float64 `(units,)`."""
+    """Return the counts of one micro-batch in the order of UNITS, float64 `(units,)`.
+
+    Decoder tokens are those of `signals.batch_masks`: a decoder reads its labels, a classifier's its encoder's input.
+    """
     tokens, labels = batch["input_ids"], batch.get("labels")
     mask = batch.get("attention_mask")
     attended = mask.sum() if mask is not None else torch.tensor(tokens.numel())
     labelled = torch.tensor(len(tokens))
-    decoded = torch.tensor(0)
+    decoded = attended
     if labels is not None and task == "causal-lm":
         labelled = (labels[:, 1:] != IGNORED_LABEL).sum()
     if "decoder_attention_mask" in batch:
         decoded = batch["decoder_attention_mask"].sum()
-    elif labels is not None and labels.ndim == 2 and not labels.is_floating_point():
+    elif labels is not None and labels.ndim == 2 and task != "multi-label-classification":
         decoded = (labels != IGNORED_LABEL).sum()
     counts = [len(tokens), attended, decoded, labelled, 1]
     return torch.stack([torch.as_tensor(count, dtype=torch.float64, device=tokens.device) for count in counts])
