@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -16,6 +18,7 @@ from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
 from layerdistill.prepare import Prepared, prepare, with_shapes
 from layerdistill.recipe import Recipe, dump_recipe
+from layerdistill.train.config import build_arguments
 
 BYTES = 4
 """Bytes per float32 number."""
@@ -116,11 +119,19 @@ def show_terms(prepared: Prepared, console: Console) -> None:
     pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
     whole = count_parameters(pair.teacher)["total"] if pair.teacher is not None else 0
     for stage in prepared.method.preview(pair, recipe.method):
-        console.print(f"Stage {stage.name}: {', '.join(stage.terms)}")
+        steps = f" ({steps_of(prepared, stage.training):,} steps)" if stage.training is not None else ""
+        console.print(f"Stage {stage.name}{steps}: {', '.join(stage.terms)}")
         for layer_map in stage.maps:
             console.print(layer_table(layer_map))
         for note in stage_notes(stage, whole):
             console.print(note, highlight=False)
+
+
+def steps_of(prepared: Prepared, changes: Mapping[str, Any]) -> int:
+    """Return the optimisation steps of a stage that makes `changes` to the recipe's training, on one process."""
+    training = {**prepared.recipe.training, **changes}
+    arguments = build_arguments(training, prepared.recipe.output, prepared.recipe.seed)
+    return replace(prepared, arguments=arguments).total_steps
 
 
 def stage_notes(stage: StagePreview, whole: int) -> list[str]:
@@ -150,8 +161,7 @@ def show_training(prepared: Prepared, console: Console) -> None:
     arguments = prepared.arguments
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     console.print(
-        f"Training: {prepared.total_steps:,} steps of {batch} examples on one process ({prepared.steps_per_epoch:,} "
-        f"per epoch), learning rate {arguments.learning_rate:g}, seed {prepared.recipe.seed}. "
-        f"Output: {prepared.recipe.output}"
+        f"Training: steps of {batch} examples on one process, {prepared.steps_per_epoch:,} per epoch, learning rate "
+        f"{arguments.learning_rate:g}, seed {prepared.recipe.seed}. Output: {prepared.recipe.output}"
     )
     console.print("Nothing was trained. `layerdistill train` with the same recipe does it.")

@@ -58,8 +58,8 @@ def distil(folder: Path, method: Any, task: str = CLASSES, pair: Any = None, **o
 
 
 @pytest.mark.parametrize("task", [CLASSES, LANGUAGE])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_the_student_in_place(method: str, task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.one_stage])
+def test_a_method_of_one_stage_trains_the_student_in_place(method: str, task: str, tmp_path: Path) -> None:
     teacher, student = models(task)
     before = fingerprint_model(teacher), fingerprint_model(student)
     result = distil(tmp_path, method, task, (teacher, student))
@@ -77,6 +77,27 @@ def test_every_method_trains_the_student_in_place(method: str, task: str, tmp_pa
     else:
         nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         assert result.metrics == {"perplexity": pytest.approx(nll.exp().item(), rel=1e-4)}
+
+
+@pytest.mark.parametrize("task", [CLASSES, LANGUAGE])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("layer_prune", {"num_removed": 1, "calibration": {"examples": 4}}), ("l1_prune", {"removed": 0.1})],
+)
+def test_a_student_that_grows_out_of_the_teacher(
+    method: str, options: dict[str, Any], task: str, tmp_path: Path
+) -> None:
+    teacher, student = models(task)
+    before = fingerprint_model(teacher)
+    args = ld.LayerDistillationConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True)
+    given = {"method": method, "processing_class": toy_tokenizer(), "args": args, **options}
+    with pytest.raises(ld.UserError, match="student=None"):
+        ld.distill(teacher, student, toy_dataset(task, 24), **given)
+    result = ld.distill(teacher, None, toy_dataset(task, 24), toy_dataset(task, 16, seed=5), **given)
+    assert fingerprint_model(teacher) == before
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (result.student, teacher)]
+    assert sizes[0] < sizes[1]
+    assert result.metrics
 
 
 def test_without_arguments_and_evaluation_nothing_is_left_behind(tmp_path: Path, monkeypatch: Any) -> None:

@@ -104,8 +104,8 @@ def test_plan_shows_the_layers_in_both_index_forms(
     assert f"Helpers (projections, filters): {3 * 16 * 32:,} parameters, trained and thrown away." in text
     assert "teacher and student have the same token ids; 60 ids are compared" in text
     assert "Labels: 3 (LABEL_0, LABEL_1, LABEL_2)" in text
-    assert "11 steps of 8 examples" in text
-    assert "12 per epoch" in text
+    assert "Stage distill (11 steps): 1 × task, 1 × logits" in text
+    assert "steps of 8 examples on one process, 12 per epoch" in text
     assert re.search(r"Memory: about \d+\.\d\d GB while training", text)
     assert "Nothing was trained." in text
     assert "temperature: 2.0" in text, "the recipe is printed with its defaults"

@@ -96,7 +96,7 @@ def test_a_student_that_was_opened_is_saved_and_resumed_like_any_other(tmp_path:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.01)
-    save_student(student, tmp_path / "second")
+    save_student(student, str(tmp_path / "second"))  # a folder as text, as the README gives it
     for name in ("config.json", "modeling_layerdistill.py"):
         assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text()
     other = ld.load_student(tmp_path / "first")

@@ -185,7 +185,8 @@ class StagePreview:
     """What `plan` says of a stage: its terms in words, layer maps, and what is left of it.
 
     `thrown_away` counts the parameters of modules that serve the training only; `student_parameters` is what the
-    student has after the stage, None where the stage does not change that. `notes` are whole sentences.
+    student has after the stage, None where the stage does not change that. `notes` are whole sentences. `training`
+    is what the stage changes in the recipe's training arguments, None where nothing is trained.
     """
 
     name: str
@@ -194,6 +195,7 @@ class StagePreview:
     thrown_away: int = 0
     student_parameters: int | None = None
     notes: Sequence[str] = ()
+    training: Mapping[str, Any] | None = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,8 @@ def terms_of(config: IskdConfig, pair: Pair, replaced: Places) -> nn.ModuleList:
 def fitting(replacing: Replacing, number: int, block: CompactBlock, config: IskdConfig) -> Stage:
     """Return the stage in which a new block learns what the one in its place does, on what enters it there."""
     replacing.fit(number, block)
-    changes = {"max_steps": config.warmup_steps, "eval_strategy": "no", "load_best_model_at_end": False}
+    no_evaluation = {"eval_strategy": "no", "load_best_model_at_end": False}
+    changes = {"max_steps": config.warmup_steps, "warmup_steps": 0, **no_evaluation}
     terms = nn.ModuleList([FitTerm(replacing.path(number))])
     rates = [(block, config.new_learning_rate)]
     return Stage(f"fit-block-{number}", replacing.model, terms, changes, None, rates, stock=False)

@@ -181,7 +181,7 @@ class L1Prune:
             "notes": [describe(units, removal, stock)],
         }
         if not config.recovery:
-            return [StagePreview("prune", ["no training"], **said)]
+            return [StagePreview("prune", ["no training"], training=None, **said)]
         return [replace(stage, **said) for stage in preview_stages([recovery_stage(pair, config, stock)])]
 
     def problems(self, config: L1PruneConfig, pair: Pair) -> list[str]:

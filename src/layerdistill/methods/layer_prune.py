@@ -107,7 +107,7 @@ class LayerPruning:
             scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
             context.say(f"Round {number}: {len(kept)} blocks left; {scores or 'no validation data to evaluate on'}.")
         total = candidates(config.importance, depth, plan)
-        context.say(f"{total} one-out candidates were evaluated in {len(plan)} rounds.")
+        context.say(f"One-out candidates evaluated in all: {total}.")
 
     def repair(
         self, number: int, removed: Sequence[int], kept: Sequence[int], pair: Pair, config: LayerPruneConfig
@@ -137,6 +137,7 @@ class LayerPruning:
                     f"repair-{number}" if training else f"round-{number}",
                     terms,
                     student_parameters=parameters_left(pair.student, left),
+                    training={} if training else None,
                     notes=[f"Before it, {count} of {before} blocks are removed by {config.importance} ({how})."],
                 )
             )
@@ -171,10 +172,13 @@ def parameters_left(model: Any, depth: int) -> int:
 def describe_round(number: int, count: int, found: dict[str, Any]) -> str:
     """Return what a round decided, in one sentence."""
     least = ", ".join(f"{found['scores'][block]:.4g}" for block in found["removed"])
+    equal = " They are all equal, so the criterion told nothing and the lowest block went." * (
+        len(set(found["scores"])) == 1 < len(found["scores"])
+    )
     return (
-        f"Round {number} of {count}: of blocks 0 to {len(found['scores']) - 1} removed {listed(found['removed'])} (block "
-        f"{listed(found['removed_original'])} of the teacher); {found['importance']} {least}, "
-        f"{found['candidates_evaluated']} candidates evaluated."
+        f"Round {number} of {count}: of blocks 0 to {len(found['scores']) - 1} removed {listed(found['removed'])} "
+        f"(block {listed(found['removed_original'])} of the teacher); {found['importance']} {least}, "
+        f"{found['candidates_evaluated']} candidates evaluated.{equal}"
     )
 
 

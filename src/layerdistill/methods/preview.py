@@ -16,6 +16,7 @@ def preview_stages(stages: Iterable[Stage]) -> list[StagePreview]:
             [describe_term(term) for term in stage.terms],
             [layer_map for term in stage.terms for layer_map in getattr(term, "maps", [])],
             count_helpers(stage),
+            training=stage.training,
         )
         for stage in stages
     ]

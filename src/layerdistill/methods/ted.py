@@ -76,7 +76,7 @@ class TaskAwareDistillation:
             filters = make_filters(config, pair, maps)
             if config.filters == "learned":
                 models = {"teacher": pair.teacher, "student": pair.student}
-                found += [preview_learning(whose, models[whose], filters[whose], pair.task) for whose in models]
+                found += [preview_learning(whose, models[whose], filters[whose], pair, config) for whose in models]
             distill = preview_stages([distill_stage(pair, config, maps, filters)])[0]
         trained, still = (sum(map(count, filters[whose].values())) for whose in ("student", "teacher"))
         note = [f"The teacher's filters, {still:,} parameters, stay as they are."] if still else []
@@ -167,9 +167,7 @@ def learn_filters(
     whose: str, model: nn.Module, filters: FiltersOf, pair: Pair, config: TedConfig, context: RunContext
 ) -> Iterator[Stage]:
     """Yield the stage that learns one model's filters on top of it, frozen; raises RuntimeError should it move."""
-    training = config.stage_one.overrides()
-    if whose == "teacher" and config.stage_one.teacher is not None:
-        training |= config.stage_one.teacher.overrides()
+    training = filter_training(whose, config)
     with frozen(model, whose, context.say):
         positions = None if pair.task == "causal-lm" else read_positions(model)
         term = filter_term(whose, model, filters, pair, positions, config.stage_one.dropout)
@@ -177,6 +175,14 @@ def learn_filters(
         yield Stage(f"{whose}-filters", None, nn.ModuleList([term]), training | HELPERS_ONLY, source)
         if isinstance(source, RecordedTeacher):
             source.close()
+
+
+def filter_training(whose: str, config: TedConfig) -> dict[str, Any]:
+    """Return what the stage that learns one model's filters changes in the recipe's training section."""
+    training = config.stage_one.overrides()
+    if whose == "teacher" and config.stage_one.teacher is not None:
+        training |= config.stage_one.teacher.overrides()
+    return training
 
 
 def filter_term(
@@ -239,18 +245,19 @@ def trunk(
     return LiveTeacher(model)
 
 
-def preview_learning(whose: str, model: Any, filters: FiltersOf, task: str) -> StagePreview:
+def preview_learning(whose: str, model: Any, filters: FiltersOf, pair: Pair, config: TedConfig) -> StagePreview:
     """Return what is said of a stage that learns filters."""
     number = sum(len(module.layers) for module in filters.values())
     size = sum(map(count, filters.values()))
     notes = [f"{number} filters of the {whose}, {size:,} parameters, on top of the {whose}, which is frozen."]
     heads = 0
-    if task == "causal-lm":
+    if pair.task == "causal-lm":
         notes.append("They are read out by the model's own final norm and head, frozen too.")
     else:
         heads = sum(map(count, classifier_heads(model, filters).values()))
         notes.append(f"{number} heads, {heads:,} parameters, serve this stage only.")
-    return StagePreview(f"{whose}-filters", [f"1/{number} × filters per filter"], (), size + heads, notes=notes)
+    terms, training = [f"1/{number} × filters per filter"], filter_training(whose, config)
+    return StagePreview(f"{whose}-filters", terms, (), size + heads, notes=notes, training=training)
 
 
 def count(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) ->
     if trainer.is_world_process_zero():
         with explained_disk_errors("The finished stage", finished), whole_folder(finished) as partial:
             trainer._save(str(partial))
+        if trainer.args.save_total_limit == 1:
+            remove_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     if stage.student is not None:
@@ -125,6 +128,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint of the highest step, passing over any that a kill left half deleted."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a stage whose end state is written: a method with many stages would fill the disk."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def refuse_no_batch(arguments: TrainingArguments, examples: int) -> None:

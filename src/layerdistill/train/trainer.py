@@ -249,7 +249,7 @@ class StageTrainer(Trainer):
         load_stage(self.composite, Path(str(self.state.best_model_checkpoint)))
 
 
-def save_student(student: Any, folder: Path, tokenizer: Any = None) -> None:
+def save_student(student: Any, folder: Path | str, tokenizer: Any = None) -> None:
     """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer.
 
     A student with blocks of its own kind gets its modelling file beside it.
@@ -257,7 +257,7 @@ def save_student(student: Any, folder: Path, tokenizer: Any = None) -> None:
     with hidden_bars():
         # Code beside a checkpoint reads tensors by the names of its modules; only stock classes are read otherwise.
         student.save_pretrained(folder, save_original_format=not has_own_code(student))
-    write_own_code(student, folder)
+    write_own_code(student, Path(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
