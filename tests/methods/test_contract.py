@@ -36,7 +36,7 @@ def test_contract(method: str, family: str, tmp_path: Path) -> None:
 
 def reopens(student: PreTrainedModel, folder: Path, family: str) -> None:
     """The saved student opens, with plain transformers if its blocks are stock, and gives the same logits."""
-    ld.save_student(student, folder)
+    student.save_pretrained(folder)
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".py"}, "no pickle"
     own_code = (folder / "modeling_layerdistill.py").exists()
     again, info = auto_class(family).from_pretrained(folder, output_loading_info=True, trust_remote_code=own_code)
@@ -54,6 +54,8 @@ def reopens(student: PreTrainedModel, folder: Path, family: str) -> None:
         expected = student(**inputs).logits
         torch.testing.assert_close(again.eval()(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(ld.load_student(folder)(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
+    ld.save_student(student, folder.with_name("saved"))
+    assert {path.name for path in folder.iterdir()} == {path.name for path in folder.with_name("saved").iterdir()}
 
 
 @pytest.mark.parametrize("method", ONE_STAGE)

@@ -253,7 +253,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     given = stage_input(once, tmp_path / "twice")
     stages = METHOD.stages(once, L1PruneConfig(removed=0.25), LiveContext(given, ["perplexity"]))
     stage = next(stages)
-    stage.training |= {"max_steps": 10, "save_steps": 10}
+    stage.training |= {"max_steps": 10, "save_steps": 10, "save_total_limit": 2}
     run_stage(stage, given, LiveTeacher(once.teacher))  # type: ignore[arg-type]
     finished = tmp_path / "twice" / "checkpoints" / "recover" / "finished"
     finished.rename(finished.with_name("gone"))

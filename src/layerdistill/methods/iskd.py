@@ -23,7 +23,8 @@ from layerdistill.methods.replacing import Replacing, bernoulli_share, ramp_shar
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.models import count_parameters
 from layerdistill.models.compact import CompactShape, block_path, describe_compact, new_compact_block
-from layerdistill.models.modeling_compact import CompactBlock
+from layerdistill.models.modeling_compact import KIND, CompactBlock
+from layerdistill.models.own_code import own_class, stock_class
 from layerdistill.signals.importance import IMPORTANCE
 
 Places = Sequence[int]
@@ -56,6 +57,8 @@ class IterativeStructuredKnowledgeDistillation:
         else:
             yield from self._one_by_one(replacing, order, pair, config, context)
         replacing.model.requires_grad_(True)
+        # Only now is the student what this class makes of its config; its save_pretrained writes the modelling file.
+        replacing.model.__class__ = own_class(stock_class(replacing.model), KIND)
 
     def _one_by_one(
         self, replacing: Replacing, order: Places, pair: Pair, config: IskdConfig, context: RunContext

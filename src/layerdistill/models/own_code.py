@@ -64,7 +64,7 @@ def has_own_code(model: Any) -> bool:
 def own_class(base_class: Any, kind: str) -> Any:
     """Return the class of models that are a `base_class` with the blocks that `config.layerdistill` describes.
 
-    The same class on every call.
+    The same class on every call. Its `save_pretrained` writes the modelling file too.
     """
     if (base_class, kind) not in _CLASSES:
         rebuild = KINDS[kind].rebuild
@@ -73,7 +73,17 @@ def own_class(base_class: Any, kind: str) -> Any:
             base_class.__init__(self, config, *inputs, **options)
             rebuild(self, config.layerdistill)
 
-        members = {"__init__": __init__, "__module__": __name__, "__doc__": base_class.__doc__}
+        def save_pretrained(self: Any, save_directory: Any, *inputs: Any, **options: Any) -> None:
+            # Code beside a checkpoint reads tensors by the names of its modules; only stock classes are read otherwise.
+            base_class.save_pretrained(self, save_directory, *inputs, **{"save_original_format": False, **options})
+            write_own_code(self, Path(save_directory))
+
+        members = {
+            "__init__": __init__,
+            "save_pretrained": save_pretrained,
+            "__module__": __name__,
+            "__doc__": base_class.__doc__,
+        }
         _CLASSES[base_class, kind] = type(own_name(base_class, kind), (base_class,), members)
     return _CLASSES[base_class, kind]
 
