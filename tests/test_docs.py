@@ -236,6 +236,8 @@ def test_training_defaults_and_reserved_fields_are_documented() -> None:
         for item in fields(LayerDistillationConfig)
         if item.name not in theirs or theirs[item.name].default != item.default
     }
+    changed.remove("dataloader_pin_memory")  # its default depends on the machine
+    assert "`dataloader_pin_memory`" in text
     documented = {unquoted(row[0]): read_yaml(unquoted(row[1])) for row in tables(text)[0]}
     assert changed <= set(documented)
     ours = {item.name: item.default for item in fields(LayerDistillationConfig)}

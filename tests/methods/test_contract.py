@@ -65,7 +65,7 @@ def test_what_should_move_moves(method: str, tmp_path: Path) -> None:
     start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     args = ld.LayerDistillationConfig(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     task = "sequence-classification"
     ld.LayerDistillationTrainer(

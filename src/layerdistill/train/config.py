@@ -20,7 +20,7 @@ class LayerDistillationConfig(TrainingArguments):
     """transformers' TrainingArguments with other defaults and the fields below; every transformers field works.
 
     Other defaults: logging every 50 steps; only the newest checkpoint is kept; no per-step check of the loss for NaN (a
-    host synchronisation), because the logged means are checked.
+    host synchronisation), because the logged means are checked; memory is pinned only where there is an accelerator.
     """
 
     term_gradient_steps: int = field(
@@ -29,6 +29,9 @@ class LayerDistillationConfig(TrainingArguments):
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the newest is always kept."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Pin memory; by default with an accelerator."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See transformers' TrainingArguments."})
 
 
@@ -55,13 +58,11 @@ def field_names() -> list[str]:
 def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> LayerDistillationConfig:
     """Return the arguments of one stage; raises ValueError or TypeError from transformers for impossible values.
 
-    Without an accelerator `use_cpu` is set, because transformers refuses `bf16` on a processor otherwise, and memory is
-    not pinned.
+    Without an accelerator `use_cpu` is set, because transformers refuses `bf16` on a processor otherwise.
     """
     ours = {"output_dir": output_dir, "seed": seed}
     if not torch.accelerator.is_available():
         ours["use_cpu"] = True
-        training = {"dataloader_pin_memory": False, **training}
     arguments = LayerDistillationConfig(**{**training, **ours})
     if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
         arguments.save_total_limit = 2  # transformers would delete the newest checkpoint when it is not the best
