@@ -24,12 +24,15 @@ from layerdistill.matching.logits import (
 )
 from layerdistill.matching.pooled import direction_distance, mean_over_tokens
 from layerdistill.matching.projection import Projections
+from layerdistill.matching.vocabulary_head import VocabularyHead
+from layerdistill.matching.vocabulary_loss import vocabulary_losses
 
 __all__ = [
     "CkaStatistics",
     "LayerMap",
     "MapRow",
     "Projections",
+    "VocabularyHead",
     "angle_null",
     "binary_cross_entropy",
     "binary_kl",
@@ -55,4 +58,5 @@ __all__ = [
     "padded_normalised_mse",
     "reverse_kl",
     "soft_cross_entropy",
+    "vocabulary_losses",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Unit
+from layerdistill.matching.vocabulary_loss import VocabularyPart
 
 Coefficients = Mapping[str, float]
 """The multipliers of the terms `task`, `logits` and `hidden`."""
@@ -86,6 +87,11 @@ class ScheduledTerm(nn.Module):
     def needs(self, progress: Progress) -> Needs:
         """What the term needs, while it counts."""
         return self.term.needs(progress) if self.factor(progress) else Needs()
+
+    def vocabulary_part(self, progress: Progress) -> VocabularyPart | None:
+        """The term's, while it counts."""
+        part = getattr(self.term, "vocabulary_part", None)
+        return part(progress) if part is not None and self.factor(progress) else None
 
     def unit(self, name: str) -> Unit:
         """The term's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -19,6 +19,8 @@ from layerdistill.matching import (
     soft_cross_entropy,
 )
 from layerdistill.matching.task_loss import label_unit
+from layerdistill.matching.vocabulary_loss import VocabularyPart
+from layerdistill.matching.vocabulary_rows import Divergence
 
 LogitsLoss = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy", "binary_kl", "mse"]
 
@@ -72,8 +74,14 @@ class LogitsTerm(nn.Module):
         self.vocab_size = vocab_size
 
     def needs(self, progress: Progress) -> Needs:
-        """The teacher's logits."""
-        return Needs(teacher_logits=True)
+        """The logits of both."""
+        return Needs(teacher_logits=True, student_logits=True)
+
+    def vocabulary_part(self, progress: Progress) -> VocabularyPart | None:
+        """The divergence, in language modelling; none for `mse`."""
+        if self.task != "causal-lm" or self.loss not in CATEGORICAL:
+            return None
+        return VocabularyPart("logits", cast(Divergence, self.loss), self.temperature, self.vocab_size)
 
     def unit(self, name: str) -> Unit:
         """Labelled positions or examples."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Unit
 from layerdistill.matching.task_loss import label_unit, task_loss
+from layerdistill.matching.vocabulary_loss import VocabularyPart
 
 
 class TaskTerm(nn.Module):
@@ -19,8 +20,12 @@ class TaskTerm(nn.Module):
         self.weight = weight
 
     def needs(self, progress: Progress) -> Needs:
-        """Nothing of the teacher."""
-        return Needs()
+        """The student's logits."""
+        return Needs(student_logits=True)
+
+    def vocabulary_part(self, progress: Progress) -> VocabularyPart | None:
+        """The cross-entropy, in language modelling."""
+        return VocabularyPart("task") if self.task == "causal-lm" else None
 
     def unit(self, name: str) -> Unit:
         """Labelled positions or examples."""

@@ -63,7 +63,7 @@ def range_problems(training: dict[str, Any], place: str) -> list[str]:
         problems.append(f"{place}.learning_rate is {training['learning_rate']}: it must be greater than 0.")
     if "max_steps" in training and training["max_steps"] == 0:
         problems.append(f"{place}.max_steps is 0: give a positive number, or leave it out to train by epochs.")
-    strategy = training.get("train_sampling_strategy", SAMPLING[0])
+    strategy = training.get("train_sampling_strategy", "group_by_length")
     if strategy not in SAMPLING:
         problems.append(one_of(f"{place}.train_sampling_strategy", strategy, SAMPLING))
     trackers = training.get("report_to", "none")

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerdistill.core.types import Batch, Mean, Needs, Progress, Signal, Term
+from layerdistill.matching.vocabulary_loss import VocabularyPart
 from layerdistill.signals import student_signal
+from layerdistill.train.fused_predictions import FusedPredictions, with_states
 
 
 class Composite(nn.Module):
@@ -18,21 +20,36 @@ class Composite(nn.Module):
     not write training-time settings such as `use_cache` into the student's own configuration.
     """
 
-    def __init__(self, student: nn.Module | None, terms: nn.ModuleList) -> None:
+    def __init__(self, student: nn.Module | None, terms: nn.ModuleList, fused: FusedPredictions | None = None) -> None:
+        """`fused` computes the terms on predictions without logits of all tokens, at the steps when that can be."""
         super().__init__()
         self.student: Any = student
         self.terms = terms
+        self.fused = fused
+
+    def needs(self, progress: Progress) -> Needs:
+        """Return what will be read at this point of training: states in place of logits where losses are fused."""
+        needs, parts = needs_of(self.terms, progress), self._parts(progress)
+        return needs if parts is None else with_states(needs, parts.values())
 
     def forward(self, batch: Batch, teacher: Signal | None, progress: Progress) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `{name: (total, count)}` of every term on this batch, in float32."""
-        signal = Signal(None, {}, {})
+        signal, parts = Signal(None, {}, {}), self._parts(progress)
         if self.student is not None:
-            needs = needs_of(self.terms, progress)
-            signal = student_signal(self.student, batch, needs.student, needs.student_taps)
+            needs = self.needs(progress)
+            signal = student_signal(self.student, batch, needs.student, needs.student_taps, logits=parts is None)
+        predictions: dict[str, Mean] = {}
+        if self.fused is not None and parts:
+            weights = {name: term_of(self.terms, name).coefficient(name, progress) for name in parts}
+            predictions = self.fused.means(parts, weights, signal, teacher, batch)
         means: dict[str, Mean] = {}
         for term in self.terms:
-            means.update(term(signal, teacher, batch, progress))
+            name = str(term.name)
+            means.update({name: predictions[name]} if name in predictions else term(signal, teacher, batch, progress))
         return {name: (mean.total, mean.count) for name, mean in means.items()}
+
+    def _parts(self, progress: Progress) -> dict[str, VocabularyPart] | None:
+        return self.fused.parts(self.terms, progress) if self.fused is not None else None
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

@@ -20,7 +20,8 @@ class LayerDistillationConfig(TrainingArguments):
     """transformers' TrainingArguments with other defaults and the fields below; every transformers field works.
 
     Other defaults: logging every 50 steps; only the newest checkpoint is kept; no per-step check of the loss for NaN (a
-    host synchronisation), because the logged means are checked; memory is pinned only where there is an accelerator.
+    host synchronisation), because the logged means are checked; memory is pinned only where there is an accelerator;
+    batches of examples of like length, shuffled (see `EpochSampler`), which hold little padding.
     """
 
     term_gradient_steps: int = field(
@@ -31,6 +32,9 @@ class LayerDistillationConfig(TrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the newest is always kept."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Pin memory; by default with an accelerator."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See transformers' TrainingArguments."})
 

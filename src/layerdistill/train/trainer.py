@@ -26,8 +26,9 @@ from layerdistill.matching.task_loss import task_loss
 from layerdistill.models import has_own_code, write_own_code
 from layerdistill.signals import student_signal
 from layerdistill.train.arguments import explained_arguments
-from layerdistill.train.composite import Composite, needs_of, term_of
+from layerdistill.train.composite import Composite, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS
+from layerdistill.train.fused_predictions import fused_predictions
 from layerdistill.train.sampler import EpochSampler
 from layerdistill.train.term_log import TermLog
 from layerdistill.train.units import count_of, sum_units
@@ -54,8 +55,10 @@ class StageTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Any,
         teacher: TeacherSource | None = None,
+        fuse: bool = True,
         **options: Any,
     ) -> None:
+        """`fuse` says whether losses over a vocabulary may be computed without logits of all tokens."""
         self.task = task
         self.stage = stage
         self.teacher_source = stage.teacher or teacher
@@ -66,6 +69,9 @@ class StageTrainer(Trainer):
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
         gradient_steps = getattr(args, "term_gradient_steps", TERM_GRADIENT_STEPS)
+        # FSDP and DeepSpeed put weights together only while their own module runs; a compiler cannot see into the loss.
+        if fuse and not (self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile):
+            self.composite.fused = fused_predictions(stage.student, self.teacher_source, task)
         self.term_log = TermLog(stage.terms, gradient_steps)
         self.label_names = ["labels"]
 
@@ -103,7 +109,7 @@ class StageTrainer(Trainer):
         """Return this micro-batch's share of the step's objective; the terms are kept for the log."""
         progress = self.progress
         composite = self.composite
-        needs = needs_of(composite.terms, progress)
+        needs = composite.needs(progress)
         teacher = None
         if needs.teacher_at_all:
             if self.teacher_source is None:
@@ -161,13 +167,10 @@ class StageTrainer(Trainer):
         strategy = self.args.train_sampling_strategy
         if not hasattr(dataset, "__len__") or strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        lengths = None
-        if strategy == "group_by_length":
-            column = self.args.length_column_name
-            lengths = dataset[column] if column in dataset.column_names else [len(ids) for ids in dataset["input_ids"]]
-            lengths = list(lengths)
+        lengths = lengths_of(dataset, self.args.length_column_name) if strategy == "group_by_length" else None
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # What one step sees together, so that processes and micro-batches do not change which examples that is.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.epoch_sampler = EpochSampler(len(dataset), seed, lengths, batch_size)
         return self.epoch_sampler
 
@@ -260,6 +263,15 @@ def save_student(student: Any, folder: Path | str, tokenizer: Any = None) -> Non
     write_own_code(student, Path(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def lengths_of(dataset: Any, column: str) -> list[int] | None:
+    """Return the number of tokens of each example, None where they are not known or all equal."""
+    columns = getattr(dataset, "column_names", ())
+    if column not in columns and "input_ids" not in columns:
+        return None
+    lengths = list(dataset[column]) if column in columns else [len(ids) for ids in dataset["input_ids"]]
+    return lengths if len(set(lengths)) > 1 else None
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[tuple[nn.Module, float]]) -> None:

@@ -1,0 +1,115 @@
+"""The losses on a causal language model's predictions from states and heads, in place of the logits of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Mean, Needs, Progress, Signal, TeacherSource
+from layerdistill.matching import next_token_labels
+from layerdistill.matching.vocabulary_loss import VocabularyPart, vocabulary_losses
+from layerdistill.models import find_stacks, unwrap
+from layerdistill.signals.language_head import LanguageHead
+
+FINAL = LayerRef("", -1)
+"""The layer that enters the head."""
+
+
+class FusedPredictions:
+    """The heads of a student and (where it is known) its teacher, and the losses that are computed through both."""
+
+    def __init__(self, student: LanguageHead, teacher: LanguageHead | None) -> None:
+        self.student = student
+        self.teacher = teacher
+
+    def parts(self, terms: Iterable[Any], progress: Progress) -> dict[str, VocabularyPart] | None:
+        """Return, by the terms' names, what they make of logits now; None where one has to see the logits themselves.
+
+        A term says it with a method `vocabulary_part`; one without that reads logits if its needs say so.
+        """
+        parts: dict[str, VocabularyPart] = {}
+        for term in terms:
+            said = getattr(term, "vocabulary_part", None)
+            part = said(progress) if said is not None else None
+            if part is not None:
+                parts[term.name] = part
+            elif (needs := term.needs(progress)).student_logits or needs.teacher_logits:
+                return None
+        kinds = [part.kind for part in parts.values()]
+        known = self.teacher is not None or "logits" not in kinds
+        return parts if known and len(set(kinds)) == len(kinds) else None
+
+    def means(
+        self,
+        parts: Mapping[str, VocabularyPart],
+        weights: Mapping[str, float],
+        student: Signal,
+        teacher: Signal | None,
+        batch: Batch,
+    ) -> dict[str, Mean]:
+        """Return the mean of every part, by its name; `weights` are the terms' coefficients."""
+        states = student.hidden[FINAL]
+        labels = next_token_labels(batch["labels"]).flatten()
+        kept = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+        name_of = {part.kind: name for name, part in parts.items()}
+        head, theirs, part = self.student.matrices(states.device), None, VocabularyPart("logits")
+        teacher_rows = teacher_head = None
+        if "logits" in name_of:
+            assert teacher is not None and self.teacher is not None, "parts() says so"
+            part, theirs = parts[name_of["logits"]], teacher.hidden[FINAL]
+            teacher_rows = theirs.flatten(0, 1).index_select(0, kept)
+            teacher_head = self.teacher.matrices(theirs.device)
+        assert head is not None, "a head that is no matrix is not fused"
+        task, logits = vocabulary_losses(
+            states.flatten(0, 1).index_select(0, kept),
+            head,
+            labels.index_select(0, kept),
+            teacher_rows,
+            teacher_head,
+            task_weight=weights[name_of["task"]] if "task" in name_of else None,
+            logits_weight=weights[name_of["logits"]] if "logits" in name_of else 0.0,
+            divergence=part.divergence,
+            temperature=part.temperature,
+            vocab_size=part.vocab_size,
+        )
+        made = {"task": task, "logits": logits}
+        return {name: mean for kind, name in name_of.items() if (mean := made[kind]) is not None}
+
+
+def with_states(needs: Needs, parts: Iterable[VocabularyPart]) -> Needs:
+    """Return `needs` with what enters the heads in place of the logits that `parts` are computed of."""
+    kinds = {part.kind for part in parts}
+    return replace(
+        needs,
+        student=needs.student | ({FINAL} if kinds else set()),
+        teacher=needs.teacher | ({FINAL} if "logits" in kinds else set()),
+        teacher_logits=False,
+        student_logits=False,
+    )
+
+
+def fused_predictions(student: nn.Module | None, teacher: TeacherSource | None, task: str) -> FusedPredictions | None:
+    """Return what computes predictions' losses without logits of all tokens; None where logits have to be made.
+
+    That is for other tasks than causal-lm, and for a student that is wrapped, whose head is not known, or that has no
+    final norm: what its last block gives might be changed in training before it enters the head.
+    """
+    ours = known_head(student) if task == "causal-lm" else None
+    if ours is None or ours.norm is None:
+        return None
+    return FusedPredictions(ours, known_head(getattr(teacher, "model", None)))
+
+
+def known_head(model: nn.Module | None) -> LanguageHead | None:
+    """Return the head of a language model that nothing is wrapped around, None where it is not one known matrix."""
+    if model is None or unwrap(model) is not model or "" not in find_stacks(model):
+        return None
+    try:
+        head = LanguageHead(model)
+    except UserError:
+        return None
+    return head if head.matrices(next(head.head.parameters()).device) is not None else None
