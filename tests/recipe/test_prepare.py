@@ -16,8 +16,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from layerdistill import prepare as prepare_module
 from layerdistill.core.errors import UserError
-from layerdistill.models import load
-from layerdistill.prepare import Prepared, positions, prepare
+from layerdistill.models import load, positions
+from layerdistill.prepare import Prepared, prepare
 from layerdistill.recipe import load_recipe
 
 METHODS_WITH_A_TEACHER = ("kd", "ild", "cka")

@@ -9,6 +9,8 @@ from layerdistill.data.load import load_splits
 from layerdistill.data.tasks import TASKS, Task, get_task
 from layerdistill.data.tokenise import tokenise
 from layerdistill.data.tokenizer import open_tokenizer, padding_id
+from layerdistill.data.trim_vocabulary import TrimmedVocabulary, trim_tokenizer
+from layerdistill.data.trimmed_splits import trimmed_splits
 from layerdistill.data.vocabulary import VocabularyCheck, compare_vocabularies
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "DataConfig",
     "LabelSpace",
     "Task",
+    "TrimmedVocabulary",
     "VocabularyCheck",
     "compare_vocabularies",
     "fingerprint_dataset",
@@ -29,4 +32,6 @@ __all__ = [
     "padding_id",
     "set_aside",
     "tokenise",
+    "trim_tokenizer",
+    "trimmed_splits",
 ]
