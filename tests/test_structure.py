@@ -18,14 +18,15 @@ RANKS = {
     "methods": 3, "evaluate": 3, "diagnose": 3, "train": 3,
     "recipe": 5,
     "prepare": 6,
-    "finetune": 7, "run_folder": 7, "context": 7,
+    "finetune": 7, "teacher_cache": 7, "run_folder": 7, "context": 7,
     "measurement": 8,
-    "runner": 9, "plan": 9, "api": 9,
-    "study": 10, "diagnosis": 10,
-    "report": 11,
-    "demo": 12,
-    "cli": 13,
-    "__init__": 14, "__main__": 14,
+    "runner": 9, "api": 9,
+    "caching": 10,
+    "plan": 11, "study": 11, "diagnosis": 11,
+    "report": 12,
+    "demo": 13,
+    "cli": 14,
+    "__init__": 15, "__main__": 15,
 }  # fmt: skip
 """A module may import modules of lower rank, and of its own package."""
 

@@ -12,6 +12,7 @@ HOMES = {
     "LayerDistillationTrainer": "api",
     "DistillResult": "api",
     "distill": "api",
+    "CacheConfig": "teacher_cache",
     "load_recipe": "recipe",
     "Recipe": "recipe",
     "run": "runner",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from layerdistill.run_folder import RunResult
     from layerdistill.runner import run
     from layerdistill.signals import capture
+    from layerdistill.teacher_cache import CacheConfig
     from layerdistill.train.config import LayerDistillationConfig
     from layerdistill.train.trainer import save_student
 

@@ -25,7 +25,7 @@ from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, make_student, unwrap, widths
 from layerdistill.models.adapters import peft_adapters
 from layerdistill.recipe import explain
-from layerdistill.signals import LiveTeacher
+from layerdistill.teacher_cache import CacheConfig, StageTeachers
 from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import StageTrainer
@@ -133,8 +133,9 @@ class LayerDistillationTrainer(StageTrainer):
     """transformers.Trainer with a teacher: trains `model` by a method that has one stage.
 
     `method` is a name, a dict as in a recipe, or a method's config. `eval_loss` is the student's loss on the labels.
-    Methods with several stages run through `distill` or a recipe. Datasets are tokenised, as for the Trainer; given a
-    tokenizer as `processing_class` and no `data_collator`, batches are padded by ours, labels of language models too.
+    With `cache` what the teacher says is kept on the disk and read. Methods with several stages run through `distill`
+    or a recipe. Datasets are tokenised, as for the Trainer; given a tokenizer as `processing_class` and no
+    `data_collator`, batches are padded by ours, labels of language models too.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class LayerDistillationTrainer(StageTrainer):
         args: LayerDistillationConfig | None = None,
         train_dataset: Any = None,
         method_options: dict[str, Any] | None = None,
+        cache: CacheConfig | None = None,
         **options: Any,
     ) -> None:
         args = args or LayerDistillationConfig(output_dir="runs/trainer")
@@ -165,7 +167,7 @@ class LayerDistillationTrainer(StageTrainer):
             Path(str(args.output_dir)), Console(quiet=True),
         )  # fmt: skip
         stage = next(chosen.stages(pair, config, LiveContext(given, EvaluationConfig().metrics_for(pair.task))))
-        teacher = LiveTeacher(teacher_model) if teacher_model is not None else None
+        teacher = StageTeachers(teacher_model, cache, given).of(stage)
         super().__init__(stage, pair.task, args, train_dataset, teacher, **options)
 
     @property
@@ -195,6 +197,7 @@ def distill(
     method: str | dict[str, Any] | Any = "cka",
     processing_class: Any = None,
     args: TrainingArguments | None = None,
+    cache: CacheConfig | None = None,
     **method_options: Any,
 ) -> DistillResult:
     """Train `student` in place by any method and return it with its metrics on `eval_dataset`.
@@ -204,6 +207,7 @@ def distill(
     Datasets are tokenised (`input_ids`, `attention_mask`, `labels`). `method_options` are a recipe's method section.
     `processing_class` is the tokenizer, which knows how to pad. With `args` the state of training lies in
     `args.output_dir`, and the same call goes on with it; without, in a temporary folder that is gone afterwards.
+    With `cache` what the teacher says is kept on the disk and read, for other calls too.
     Raises UserError for options that do not fit, and for an `output_dir` that holds another distillation.
     """
     config = method_config(method, method_options)
@@ -228,10 +232,10 @@ def distill(
             datasets = set_aside(datasets, calibration, seed)
         training: Any = args if args is not None else {}
         given = StageInput(pair.task, datasets, collator, processing_class, training, seed, folder, Console(quiet=True))
-        source = LiveTeacher(teacher) if teacher is not None else None
+        teachers = StageTeachers(teacher, cache, given)
         context = LiveContext(given, EvaluationConfig().metrics_for(pair.task))
         for stage in chosen.stages(pair, config, context):
-            run_stage(stage, given, source)
+            run_stage(stage, given, teachers.of(stage))
     if eval_dataset is None:
         return DistillResult(student, {})
     section = EvaluationConfig()

@@ -55,6 +55,15 @@ def plan(recipe: RecipePath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def cache(recipe: RecipePath, set_: Overrides = None) -> None:
+    """Run the teacher once over the training data and keep what the method will read; runs then read that."""
+    from layerdistill.caching import fill_cache
+    from layerdistill.recipe import load_recipe
+
+    fill_cache(load_recipe(recipe, set_), console)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder or a hub id.", show_default=False)],
     recipe: RecipePath,

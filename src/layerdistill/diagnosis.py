@@ -23,9 +23,9 @@ from layerdistill.diagnose.parts import chosen_parts, find_parts
 from layerdistill.diagnose.subject import Subject
 from layerdistill.diagnose.tables import Finding, markdown_page, rich_table
 from layerdistill.evaluate.evaluator import rows_at_once
-from layerdistill.finetune import load_teacher, open_model
+from layerdistill.finetune import in_students_ids, load_teacher, open_model
 from layerdistill.measurement import reads_the_data
-from layerdistill.prepare import Prepared, prepare
+from layerdistill.prepare import Prepared, own_tokenizer, prepare
 from layerdistill.recipe import Recipe, load_recipe
 from layerdistill.run_folder import DIAGNOSIS_FOLDER, EVALUATION_FILE, RECIPE_FILE, STUDENT_FOLDER
 from layerdistill.runner import load_student_model, stage_input
@@ -118,7 +118,8 @@ def rows_to_show(prepared: Prepared, examples: int) -> tuple[str, Dataset]:
 
 def open_subject(prepared: Prepared, given: Source, rows: Dataset, flatten: bool, console: Console) -> Subject:
     """Return the models on the device, the students in float32, with the rows as batches."""
-    teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console).model
+    loaded = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console).model
+    teacher = in_students_ids(prepared, loaded)
     if teacher is None:
         raise UserError(
             "The recipe has no teacher, and all that is measured is relative to one. Add teacher: {model: ...}."
@@ -132,8 +133,9 @@ def open_subject(prepared: Prepared, given: Source, rows: Dataset, flatten: bool
     device = PartialState().device
     students: dict[str, nn.Module] = {"start": load_student_model(prepared, teacher)}
     if given.run is not None:
-        section = prepared.recipe.student_loading
-        students["trained"] = open_model(prepared, str(given.run / STUDENT_FOLDER), section, section.dtype).model
+        section, folder = prepared.recipe.student_loading, str(given.run / STUDENT_FOLDER)
+        refuse_another_vocabulary(prepared, folder)
+        students["trained"] = open_model(prepared, folder, section, section.dtype).model
     is_class_task = prepared.recipe.data.task == "sequence-classification"
     return Subject(
         teacher=teacher.to(device).requires_grad_(False),
@@ -143,6 +145,17 @@ def open_subject(prepared: Prepared, given: Source, rows: Dataset, flatten: bool
         batches=as_batches(rows, prepared.collator, device),
         flat_batches=as_batches(rows, one_length(prepared), device) if flatten else None,
     )
+
+
+def refuse_another_vocabulary(prepared: Prepared, folder: str) -> None:
+    """Raise UserError where the training data now gives another trimmed vocabulary than that of the run's student."""
+    theirs = own_tokenizer(folder, prepared.tokenizer).get_vocab()
+    if prepared.whole is not None and theirs != prepared.tokenizer.get_vocab():
+        raise UserError(
+            f"The student in {folder} has a trimmed vocabulary of {len(theirs)} tokens, and the training data now "
+            f"gives another one of {len(prepared.tokenizer)}: data.train or data.max_train_examples has changed. "
+            "Set only the other splits (data.validation, data.test)."
+        )
 
 
 def one_length(prepared: Prepared) -> Collator:

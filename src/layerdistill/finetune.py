@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
+from layerdistill.core.home import home
 from layerdistill.core.processes import agreed, held
 from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset, padding_id
 from layerdistill.methods.task_term import TaskTerm
-from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_model
+from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_model, trim_model
 from layerdistill.models.adapter_files import find_peft_folder, load_matrices, merge_peft_folder, save_matrices
 from layerdistill.models.adapters import (
     adapter_matrices,
@@ -33,6 +33,7 @@ from layerdistill.models.adapters import (
     train_adapters_and_head,
 )
 from layerdistill.models.config import AdapterConfig
+from layerdistill.models.fast_dtype import fast_dtype
 from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments, svd_rank
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
@@ -60,9 +61,8 @@ class Teacher:
 
 
 def kept_teachers() -> Path:
-    """Return the folder of fine-tuned teachers: `$LAYERDISTILL_HOME`, else `~/.cache/layerdistill`."""
-    home = os.environ.get("LAYERDISTILL_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "layerdistill") / "teachers"
+    """Return the folder of fine-tuned teachers."""
+    return home() / "teachers"
 
 
 def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], console: Console) -> Teacher:
@@ -86,14 +86,35 @@ def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], c
             console.print(f"Training the teacher ({section.name}) on the task; it is kept in {folder} and reused.")
             make_teacher(prepared, start, folder, make_input)
         adapters = kept_adapters(prepared, section, folder)
-    return Teacher(open_model(prepared, str(folder), section, section.dtype).model, adapters)
+    return Teacher(open_model(prepared, str(folder), section, loading_dtype(section)).model, adapters)
+
+
+def in_students_ids(prepared: Prepared, teacher: nn.Module | None) -> nn.Module | None:
+    """Return the teacher as it is asked in training: where the student's vocabulary is trimmed, so is the teacher's."""
+    return trim_model(teacher, prepared.whole.kept) if teacher is not None and prepared.whole is not None else teacher
+
+
+def loading_dtype(section: TeacherConfig) -> str:
+    """Return the dtype in which a teacher is opened; one of dtype `fast` is rounded when the student is made."""
+    return "float32" if section.dtype == "fast" else section.dtype
+
+
+def settle_dtype(section: TeacherConfig | None, models: Iterable[nn.Module | None], console: Console) -> None:
+    """Bring teachers of dtype `fast` into the dtype that this machine runs fastest, and say which."""
+    if section is None or section.dtype != "fast":
+        return
+    chosen = fast_dtype()
+    console.print(f"The teacher runs in {chosen}, the fastest here (teacher.dtype: fast).", highlight=False)
+    for model in models:
+        if model is not None:
+            model.to(getattr(torch, chosen))
 
 
 def open_teacher(prepared: Prepared, section: TeacherConfig) -> Teacher:
     """Return a teacher that is not fine-tuned here, with the adapters that the recipe names merged into it."""
     assert prepared.teacher_source is not None, "an architecture comes with finetune"
     if section.adapters is None:
-        loaded = open_model(prepared, prepared.teacher_source, section, section.dtype)
+        loaded = open_model(prepared, prepared.teacher_source, section, loading_dtype(section))
         refuse_random_head(prepared, loaded)
         return Teacher(loaded.model)
     # Merged in float32 whatever the dtype it is run in: bf16 weights lose small updates.
@@ -103,7 +124,7 @@ def open_teacher(prepared: Prepared, section: TeacherConfig) -> Teacher:
     fresh = tuple(name for name in loaded.fresh_keys if name not in replaced)
     refuse_random_head(prepared, replace(loaded, fresh_keys=fresh))
     model: nn.Module = loaded.model.eval().requires_grad_(True)
-    return Teacher(model if auto else model.to(getattr(torch, section.dtype)), adapters)
+    return Teacher(model if auto else model.to(getattr(torch, loading_dtype(section))), adapters)
 
 
 def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> dict[str, Tensor] | None:
@@ -127,6 +148,7 @@ def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> d
 
 def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replace_head: bool = False) -> LoadedModel:
     """Load a model with the head that the task needs, and with the names of the labels in its config."""
+    reader = prepared.for_teacher if section is prepared.recipe.teacher else prepared
     loaded = load_model(
         source,
         prepared.recipe.data.task,
@@ -135,7 +157,7 @@ def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replac
         dtype=dtype,
         revision=section.revision,
         attn_implementation=section.attn_implementation,
-        pad_token_id=padding_id(prepared.tokenizer),
+        pad_token_id=padding_id(reader.tokenizer),
         replace_head=replace_head,
         seed=DEFAULT_SEED,
     )
@@ -174,7 +196,7 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
             "weights": fingerprint_model(model),
             "config": {key: value for key, value in model.config.to_dict().items() if key not in NAMES_ONLY},
             "processes": PartialState().num_processes,
-            "data": fingerprint_dataset(prepared.datasets["train"]),
+            "data": fingerprint_dataset(prepared.for_teacher.datasets["train"]),
             "task": prepared.recipe.data.task,
             "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
             "finetune": prepared.recipe.teacher.finetune,
@@ -188,7 +210,8 @@ def make_teacher(prepared: Prepared, model: nn.Module, folder: Path, make_input:
     assert prepared.recipe.teacher is not None and prepared.recipe.teacher.finetune is not None
     work = folder.with_name(f"{folder.name}.work")
     seed = int(prepared.recipe.teacher.finetune.get("seed", DEFAULT_SEED))
-    given = replace(make_input(work), training=finetune_arguments(prepared.recipe), seed=seed)
+    data = {name: getattr(prepared.for_teacher, name) for name in ("datasets", "collator", "tokenizer")}
+    given = replace(make_input(work), training=finetune_arguments(prepared.recipe), seed=seed, **data)
     lora = prepared.recipe.teacher.finetune.get("lora")
     if lora is not None:
         shape = AdapterConfig(**lora)
@@ -210,7 +233,7 @@ def keep_teacher(
     """Write a fine-tuned teacher, with what it was made from and the A and B merged into it, to its place."""
     assert prepared.recipe.teacher is not None and prepared.recipe.teacher.finetune is not None
     with explained_disk_errors("The fine-tuned teacher", folder), whole_folder(folder) as partial:
-        save_student(model, partial, prepared.tokenizer)
+        save_student(model, partial, prepared.for_teacher.tokenizer)
         if matrices:
             note = prepared.recipe.teacher.finetune["lora"]
             save_matrices(partial / ADAPTERS_FOLDER / "lora.safetensors", matrices, note)

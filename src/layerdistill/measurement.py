@@ -12,7 +12,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.evaluate import chance_levels, evaluate_model, measure_costs, save_predictions
 from layerdistill.finetune import open_model
 from layerdistill.models import resolve_model_source
-from layerdistill.prepare import Prepared, prepare
+from layerdistill.prepare import Prepared, own_tokenizer, prepare, read_with
 from layerdistill.recipe import Recipe
 from layerdistill.run_folder import RECIPE_FILE, STUDENT_FOLDER
 
@@ -26,10 +26,11 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
         if split not in prepared.datasets or (name == "teacher" and not reads_the_data(prepared)):
             result[name] = {}
             continue
+        reader = prepared.for_teacher if name == "teacher" else prepared
         found = evaluate_model(
             model,
-            prepared.datasets[split],
-            prepared.collator,
+            reader.datasets[split],
+            reader.collator,
             data.task,
             section.metrics_for(data.task),
             section.batch_size,
@@ -66,6 +67,7 @@ def reads_the_data(prepared: Prepared) -> bool:
 def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     """Return metrics and cost of a run's student, a model folder or a hub id on a recipe's data.
 
+    The data is read by the model's own tokenizer where it brings one.
     Raises UserError when the model's outputs do not fit the data's labels.
     """
     prepared = prepare(recipe)
@@ -75,6 +77,9 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
             f"{folder} holds a run that is not finished: there is no student yet. Run `layerdistill train` again."
         )
     source = str(folder / STUDENT_FOLDER) if (folder / STUDENT_FOLDER).is_dir() else resolve_model_source(model, None)
+    tokenizer = own_tokenizer(source, prepared.tokenizer)
+    if tokenizer.get_vocab() != prepared.tokenizer.get_vocab():
+        prepared = read_with(prepared, tokenizer)
     section = recipe.student_loading
     loaded = open_model(prepared, source, section, section.dtype)
     if loaded.fresh_keys and recipe.data.task != "causal-lm":

@@ -8,17 +8,20 @@ from typing import Any
 
 import psutil
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from layerdistill.core.types import StagePreview
+from layerdistill.core.types import Needs, StagePreview
 from layerdistill.matching import LayerMap, map_rows
 from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
-from layerdistill.prepare import Prepared, prepare, with_shapes
+from layerdistill.models.fast_dtype import fast_dtype
+from layerdistill.prepare import Prepared, WholeVocabulary, prepare, with_shapes
 from layerdistill.recipe import Recipe, dump_recipe
-from layerdistill.train.config import build_arguments
+from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
+from layerdistill.teacher_cache import CacheConfig, needs_of_recipe, stored_dtype
 
 BYTES = 4
 """Bytes per float32 number."""
@@ -35,6 +38,7 @@ def show_plan(recipe: Recipe, console: Console) -> Prepared:
     show_data(prepared, console)
     show_models(prepared, console)
     show_terms(prepared, console)
+    show_cache(prepared, console)
     show_training(prepared, console)
     return prepared
 
@@ -45,16 +49,37 @@ def show_data(prepared: Prepared, console: Console) -> None:
     for column in ("split", "examples", "tokens", "tokens per example"):
         table.add_column(column, justify="right" if column != "split" else "left")
     for name, split in prepared.datasets.items():
-        tokens = sum(len(ids) for ids in split["input_ids"])
+        tokens = tokens_in(split)
         table.add_row(name, f"{len(split):,}", f"{tokens:,}", f"{tokens / max(len(split), 1):.1f}")
     console.print(table)
     if prepared.labels.num_labels:
         console.print(f"Labels: {prepared.labels.num_labels} ({', '.join(prepared.labels.names or ['a number'])})")
-    if prepared.vocabulary is not None:
+    if prepared.whole is not None:
+        console.print(trimmed_sentence(prepared, prepared.whole), highlight=False)
+    elif prepared.vocabulary is not None:
         state = "the same token ids" if prepared.vocabulary.identical else f"different: {prepared.vocabulary.reason}"
         console.print(
             f"Vocabulary: teacher and student have {state}; {prepared.vocabulary.vocab_size:,} ids are compared."
         )
+
+
+def trimmed_sentence(prepared: Prepared, whole: WholeVocabulary) -> str:
+    """Return what a trimmed vocabulary keeps, and how much longer it makes texts that were not trained on."""
+    share = len(whole.kept) / len(whole.tokenizer)
+    longer = [
+        f"{name}: {100 * (tokens_in(split) / tokens_in(whole.datasets[name]) - 1):.1f} % more tokens. "
+        for name, split in prepared.datasets.items()
+        if name != "train"
+    ]
+    return (
+        f"Vocabulary: trimmed to {len(whole.kept):,} of {len(whole.tokenizer):,} tokens ({100 * share:.1f} %): what "
+        "the training data needs, special tokens, single characters. " + "".join(longer)
+    )
+
+
+def tokens_in(split: Dataset) -> int:
+    """Return the number of tokens in a split."""
+    return sum(len(ids) for ids in split["input_ids"])
 
 
 def show_models(prepared: Prepared, console: Console) -> None:
@@ -127,11 +152,37 @@ def show_terms(prepared: Prepared, console: Console) -> None:
             console.print(note, highlight=False)
 
 
+def show_cache(prepared: Prepared, console: Console) -> None:
+    """Print what keeping the teacher's signals would take."""
+    section = prepared.recipe.teacher
+    needs = needs_of_recipe(prepared)
+    if section is None or section.cache == "off" or not needs.teacher_at_all:
+        return
+    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
+    assert pair.teacher is not None and prepared.teacher_config is not None, "a teacher section comes with a model"
+    dtype = fast_dtype() if section.dtype == "fast" else str(section.dtype)
+    if dtype == "auto":
+        dtype = str(prepared.teacher_config.dtype or "").rpartition(".")[2]
+    kept = stored_dtype(CacheConfig("auto", section.cache_dtype), dtype)
+    lengths = distinct_lengths(prepared.datasets["train"])
+    size = cached_bytes(needs, pair.teacher, kept, lengths, prepared.recipe.data.task == "causal-lm")
+    console.print(
+        f"Teacher cache ({section.cache}): {size / 1e9:.3g} GB in {kept} for {len(lengths):,} distinct examples, "
+        f"{signals_in_words(needs)}."
+    )
+
+
+def signals_in_words(needs: Needs) -> str:
+    """Return which signals of the teacher are read."""
+    layers = [", ".join(map(str, sorted(found))) for found in (needs.teacher, needs.teacher_averages)]
+    said = [f"layers {layers[0]}"] * bool(layers[0]) + [f"averages of layers {layers[1]}"] * bool(layers[1])
+    said += [f"{len(needs.teacher_taps)} inputs of projections"] * bool(needs.teacher_taps)
+    return "; ".join(said + ["logits"] * needs.teacher_logits)
+
+
 def steps_of(prepared: Prepared, changes: Mapping[str, Any]) -> int:
     """Return the optimisation steps of a stage that makes `changes` to the recipe's training, on one process."""
-    training = {**prepared.recipe.training, **changes}
-    arguments = build_arguments(training, prepared.recipe.output, prepared.recipe.seed)
-    return replace(prepared, arguments=arguments).total_steps
+    return replace(prepared, arguments=prepared.arguments_with(changes)).total_steps
 
 
 def stage_notes(stage: StagePreview, whole: int) -> list[str]:
@@ -164,4 +215,9 @@ def show_training(prepared: Prepared, console: Console) -> None:
         f"Training: steps of {batch} examples on one process, {prepared.steps_per_epoch:,} per epoch, learning rate "
         f"{arguments.learning_rate:g}, seed {prepared.recipe.seed}. Output: {prepared.recipe.output}"
     )
+    if arguments.train_sampling_strategy == "group_by_length" and prepared.recipe.data.task != "causal-lm":
+        console.print(
+            "Batches are of examples of like length, which saves padding; a loss over a batch (CKA) then compares "
+            "texts of like length. training.train_sampling_strategy: random mixes them."
+        )
     console.print("Nothing was trained. `layerdistill train` with the same recipe does it.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Method, Pair
 from layerdistill.data import (
+    CALIBRATION,
     Collator,
     LabelSpace,
     VocabularyCheck,
@@ -23,6 +24,7 @@ from layerdistill.data import (
     open_tokenizer,
     set_aside,
     tokenise,
+    trimmed_splits,
 )
 from layerdistill.evaluate import metric_problems
 from layerdistill.methods.curriculum import too_late
@@ -30,10 +32,13 @@ from layerdistill.methods.table import find_method
 from layerdistill.models import (
     depths_from_config,
     empty_model,
+    fewest_positions,
+    ids_to_stay,
     load_config,
     new_config,
     resolve_model_source,
     shrink_config,
+    trim_config,
     widths_from_config,
 )
 from layerdistill.models.adapter_files import planned_adapters
@@ -43,16 +48,26 @@ from layerdistill.train.config import LayerDistillationConfig, build_arguments, 
 
 Result = TypeVar("Result")
 
-ROBERTA_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "esm", "ibert"}
-"""Model types whose position table begins after the padding id."""
-
 FALLBACK_TASKS = {"causal-lm"}
 """Tasks whose base model already has the head that the task needs."""
 
 
 @dataclass(frozen=True)
+class WholeVocabulary:
+    """What the teacher reads where the student's vocabulary is trimmed; `kept[i]` is its id of the student's i."""
+
+    kept: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase
+    datasets: dict[str, Dataset]
+    collator: Collator
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A recipe with its data tokenised and its models known by their configs; `pair` holds no models yet."""
+    """A recipe with its data tokenised and its models known by their configs; `pair` holds no models yet.
+
+    `tokenizer`, `datasets` and `collator` speak the student's ids; `for_teacher` has those of the teacher by itself.
+    """
 
     recipe: Recipe
     method: Method
@@ -67,6 +82,17 @@ class Prepared:
     vocabulary: VocabularyCheck | None
     pair: Pair
     arguments: LayerDistillationConfig
+    whole: WholeVocabulary | None = None
+    """Set where the student's vocabulary is trimmed."""
+
+    @property
+    def for_teacher(self) -> Prepared | WholeVocabulary:
+        """Tokenizer, datasets and collator by which the teacher is fine-tuned and evaluated."""
+        return self.whole or self
+
+    def arguments_with(self, changes: Mapping[str, Any]) -> LayerDistillationConfig:
+        """Return the training arguments of a stage that makes `changes` to the recipe's."""
+        return build_arguments({**self.recipe.training, **changes}, self.recipe.output, self.recipe.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,19 +172,63 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         )
     if teacher_config is not None:
         problems.found += method_problems(method, recipe, pair, teacher_config, student_config, labels)
-    longest = [positions(config) for config in (teacher_config, student_config) if config is not None]
-    datasets = problems.attempt(
-        tokenised_splits, splits, recipe, tokenizer, labels, min(filter(None, longest), default=None)
-    )
+    longest = fewest_positions(teacher_config, student_config)
+    datasets = problems.attempt(tokenised_splits, splits, recipe, tokenizer, labels, longest)
     problems.stop()
     assert datasets is not None
     arguments = build_arguments(recipe.training, recipe.output, recipe.seed)
     problems.found += curriculum_problems(recipe, arguments, len(datasets["train"]))
     problems.stop()
-    return Prepared(
+    prepared = Prepared(
         recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
         make_collator(recipe, tokenizer), vocabulary, pair, arguments,
     )  # fmt: skip
+    trimmed = recipe.student is not None and recipe.student.vocabulary == "trimmed"
+    return with_trimmed_vocabulary(prepared, splits) if trimmed else prepared
+
+
+def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> Prepared:
+    """Return the same with a student that knows only the tokens that the training data needs.
+
+    Raises UserError for a tokenizer that is not the teacher's or cannot be trimmed.
+    """
+    recipe, full = prepared.recipe, prepared.datasets
+    if prepared.vocabulary is not None and not prepared.vocabulary.identical:
+        raise UserError(
+            f"student.vocabulary is 'trimmed', but data.tokenizer is not the teacher's ({prepared.vocabulary.reason}), "
+            "so its tokens are not the rows of the teacher's embedding. Leave data.tokenizer out, or vocabulary: full."
+        )
+    assert CALIBRATION not in full, "only methods that grow the student set rows aside; they have no student section"
+    vocabulary, datasets = trimmed_splits(
+        full,
+        splits,
+        recipe.data,
+        prepared.tokenizer,
+        prepared.labels,
+        fewest_positions(prepared.teacher_config, prepared.student_config),
+        ids_to_stay(prepared.student_config),
+    )
+    kept, tokenizer = vocabulary.kept, vocabulary.tokenizer
+    check = VocabularyCheck(True, len(kept), len(kept), f"{len(kept)} of the teacher's tokens, under other ids")
+    return replace(
+        prepared,
+        student_config=trim_config(prepared.student_config, kept),
+        tokenizer=tokenizer,
+        datasets=datasets,
+        collator=make_collator(recipe, tokenizer),
+        vocabulary=check,
+        pair=replace(prepared.pair, vocab_size=len(kept) if prepared.pair.vocab_size is not None else None),
+        whole=WholeVocabulary(kept, prepared.tokenizer, full, prepared.collator),
+    )
+
+
+def read_with(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Return the same with its data read by another tokenizer: that of a model which was not made of this recipe."""
+    recipe = prepared.recipe
+    splits = load_splits(recipe.data, recipe.base)
+    longest = fewest_positions(prepared.teacher_config, prepared.student_config)
+    datasets = tokenised_splits(splits, recipe, tokenizer, prepared.labels, longest)
+    return replace(prepared, tokenizer=tokenizer, datasets=datasets, collator=make_collator(recipe, tokenizer))
 
 
 def method_problems(
@@ -312,17 +382,6 @@ def pair_without_models(
         seed=recipe.seed,
         teacher_adapters=planned_adapters(recipe.teacher, teacher, recipe.data.task, recipe.base, svd_rank(recipe)),
     )
-
-
-def positions(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model's position table holds, None for relative and rotary positions.
-
-    RoBERTa and its kin count positions from the padding id on, so two rows of their table are never used.
-    """
-    rows = getattr(config, "max_position_embeddings", None)
-    if rows and config.model_type in ROBERTA_POSITIONS:
-        return rows - config.pad_token_id - 1
-    return rows
 
 
 def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: LabelSpace) -> list[str]:

@@ -25,7 +25,7 @@ from layerdistill.core.files import (
 )
 from layerdistill.core.processes import held
 from layerdistill.prepare import Prepared
-from layerdistill.recipe import Recipe, dump_recipe
+from layerdistill.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE_FILE, EVALUATION_FILE, STUDENT_FOLDER = "recipe.yaml", "evaluation.json", "student"
 DIAGNOSIS_FOLDER = "diagnose"
@@ -56,7 +56,7 @@ def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE_FILE
     if not path.exists():
         return
-    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = flatten(with_defaults(yaml.safe_load(path.read_text(encoding="utf-8"))))
     now = flatten(yaml.safe_load(dump_recipe(recipe)))
     differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key != "output")
     if "method.name" in differ:  # its options differ only because it does
@@ -67,6 +67,14 @@ def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
             f"{folder} holds a run of another recipe ({shown}). Choose another output (--set output=FOLDER), or give "
             "--again to delete that run and start anew."
         )
+
+
+def with_defaults(given: Any) -> Any:
+    """Return a recipe as it was dumped, with the keys that came since then at their defaults."""
+    try:
+        return yaml.safe_load(dump_recipe(load_recipe(given)))
+    except UserError:
+        return given  # of a recipe that is none any more every difference is named
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.types import Pair
 from layerdistill.evaluate import metrics_in_training
-from layerdistill.finetune import load_teacher, open_model
+from layerdistill.finetune import in_students_ids, load_teacher, open_model, settle_dtype
 from layerdistill.measurement import measure
 from layerdistill.models import freeze_embeddings, make_student
 from layerdistill.prepare import Prepared, prepare, shape_of
@@ -31,7 +31,7 @@ from layerdistill.run_folder import (
     record_start,
     refuse_another_recipe,
 )
-from layerdistill.signals import LiveTeacher
+from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -60,29 +60,32 @@ def run(
                 return read_result(folder)
         prepared = prepare(recipe, memory)
         teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
-        student = load_student_model(prepared, teacher.model)
-        pair = replace(prepared.pair, teacher=teacher.model, student=student, teacher_adapters=teacher.adapters)
+        shown = in_students_ids(prepared, teacher.model)
+        student = load_student_model(prepared, shown)
+        pair = replace(prepared.pair, teacher=shown, student=student, teacher_adapters=teacher.adapters)
         if pair.teacher is not None and (problems := prepared.method.problems(recipe.method, pair)):
             raise UserError(*problems)
+        settle_dtype(recipe.teacher, (shown, teacher.model), console)
+        given = stage_input(prepared, folder, console)
+        teachers = StageTeachers(pair.teacher, CacheConfig.of(recipe.teacher), given)
+        teachers.refuse_early(needs_of_recipe(prepared))
         # Only now nothing of the recipe can be wrong any more, and what an earlier run left may go.
         if again:
             forget(folder)
         record_start(folder, recipe, prepared)
-        thrown_away = train(prepared, pair, folder, console)
-        return evaluate_run(prepared, pair, folder, thrown_away)
+        thrown_away = train(prepared, pair, teachers, given)
+        return evaluate_run(prepared, replace(pair, teacher=teacher.model), folder, thrown_away)
 
 
-def train(prepared: Prepared, pair: Pair, folder: Path, console: Console) -> int:
+def train(prepared: Prepared, pair: Pair, teachers: StageTeachers, given: StageInput) -> int:
     """Run the method's stages, write the student, and return how many helper parameters were thrown away."""
-    given = stage_input(prepared, folder, console)
-    source = LiveTeacher(pair.teacher) if pair.teacher is not None else None
     metrics = prepared.recipe.evaluation.metrics_for(prepared.recipe.data.task)
     context = LiveContext(given, metrics, prepared.recipe.evaluation.batch_size)
     helpers: dict[int, nn.Parameter] = {}
     for stage in prepared.method.stages(pair, prepared.recipe.method, context):
-        run_stage(stage, given, source)
+        run_stage(stage, given, teachers.of(stage))
         helpers |= {id(parameter): parameter for parameter in stage.terms.parameters()}  # a filter serves two stages
-    target = folder / STUDENT_FOLDER
+    target = given.folder / STUDENT_FOLDER
     if PartialState().is_main_process:
         with explained_disk_errors("The student", target), whole_folder(target) as partial:
             save_student(pair.student, partial, prepared.tokenizer)

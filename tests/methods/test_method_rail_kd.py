@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def distance(student: list[list[float]], teacher: list[list[float]], power: int)
     return total / len(student)
 
 
+def averaged(said: Signal) -> Signal:
+    """What a teacher source gives besides: the mean of each layer over each example's real tokens."""
+    averages = {
+        layer: torch.stack([state[row][mask == 1].mean(0) for row, mask in enumerate(said.masks[layer.stack])])
+        for layer, state in said.hidden.items()
+    }
+    return replace(said, averages=averages)
+
+
 def disturbed(term: PooledTerm) -> PooledTerm:
     """The term with biases that are not 0, so that a forgotten one shows."""
     with torch.no_grad():
@@ -121,7 +131,7 @@ def test_layerwise_against_the_equation(squared: bool, padded: bool, trained: bo
     ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
     if padded:
         ours, theirs = ({layer: each.nan_to_num(0.5) for layer, each in side.items()} for side in (ours, theirs))
-    means = term(signal(ours), signal(theirs), {}, Progress())
+    means = term(signal(ours), averaged(signal(theirs)), {}, Progress())
     assert list(means) == ["hidden/1-2", "hidden/2-4"]
     for student, teacher in ((1, 2), (2, 4)):
         s = mapped(pooled(ours[LayerRef("", student)], padded), term.student_maps["only"].maps[str(student)])
@@ -138,7 +148,7 @@ def test_layerwise_against_the_equation(squared: bool, padded: bool, trained: bo
 def test_concatenated_against_the_equation(strategy: Any) -> None:
     term = disturbed(hidden(layer_map=strategy, projection_size=3, form="concatenated"))
     ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
-    means = term(signal(ours), signal(theirs), {}, Progress())
+    means = term(signal(ours), averaged(signal(theirs)), {}, Progress())
     assert list(means) == ["hidden"]
     groups = {"forward": [[2], [4]], "average": [[1, 2], [3, 4]], "reverse": [[4], [2]]}[strategy]
     s = [one + two for one, two in zip(*(pooled(ours[LayerRef("", k)]) for k in (1, 2)), strict=True)]
@@ -161,7 +171,7 @@ def test_concatenated_against_the_equation(strategy: Any) -> None:
 def test_a_group_is_compared_with_the_mean_of_its_mapped_averages() -> None:
     term = disturbed(hidden(layer_map="average", projection_size=3))
     ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
-    means = term(signal(ours), signal(theirs), {}, Progress())
+    means = term(signal(ours), averaged(signal(theirs)), {}, Progress())
     assert list(means) == ["hidden/1-1..2", "hidden/2-3..4"]
     first, second = (
         mapped(pooled(theirs[LayerRef("", layer)]), term.teacher_maps["only"].maps[str(layer)]) for layer in (1, 2)
@@ -185,7 +195,7 @@ def test_two_stacks_have_maps_and_masks_of_their_own(form: str) -> None:
             for stack in masks
             for layer, each in states(features, layers, seed).items()
         }
-        sides.append(Signal(None, made, masks))
+        sides.append(averaged(Signal(None, made, masks)))
     means = term(*sides, {}, Progress())
     if form == "layerwise":
         assert list(means) == ["hidden/encoder.1-2", "hidden/encoder.2-4", "hidden/decoder.1-2", "hidden/decoder.2-4"]
@@ -206,10 +216,10 @@ def test_each_epoch_asks_for_its_own_six_teacher_layers_and_all_have_a_map() -> 
     asked = []
     for epoch in range(12):
         needs = term.needs(Progress(epoch, 100 * epoch))
-        assert needs == Needs(student=refs(1, 2, 3, 4, 5, 6), teacher=needs.teacher)
-        assert len(needs.teacher) == 6
+        assert needs == Needs(student=refs(1, 2, 3, 4, 5, 6), teacher_averages=needs.teacher_averages)
+        assert len(needs.teacher_averages) == 6
         assert needs == hidden(LARGE_TO_BASE).needs(Progress(epoch, 7)), "a function of the seed and the epoch"
-        asked.append(needs.teacher)
+        asked.append(needs.teacher_averages)
     assert len(set(asked)) > 8
     assert frozenset().union(*asked) <= set(term.teacher_maps["only"].layers) == refs(*range(1, 25))
 
@@ -235,9 +245,9 @@ def test_gradients_reach_the_maps_that_are_used_and_never_the_teacher() -> None:
     for tensor in (*ours.values(), *theirs.values()):
         tensor.requires_grad_()
     term = hidden(projection_size=3)
-    means = term(signal(ours), signal(theirs), {}, Progress())
+    means = term(signal(ours), averaged(signal(theirs)), {}, Progress())
     sum(mean.value for mean in means.values()).backward()
-    drawn = {str(layer) for layer in term.needs(Progress()).teacher}
+    drawn = {str(layer) for layer in term.needs(Progress()).teacher_averages}
     touched = {name for name, linear in term.teacher_maps["only"].maps.items() if linear.weight.grad is not None}
     assert touched == drawn
     assert len(drawn) == 2
@@ -254,7 +264,9 @@ def test_trained_teacher_maps_can_give_the_match_away_and_frozen_ones_cannot() -
     draw = torch.Generator().manual_seed(0)
     mask = torch.ones(64, 1, dtype=torch.long)
     sides = [
-        Signal(None, {LayerRef("", k): torch.randn(64, 1, width, generator=draw) for k in range(1, 5)}, {"": mask})
+        averaged(
+            Signal(None, {LayerRef("", k): torch.randn(64, 1, width, generator=draw) for k in range(1, 5)}, {"": mask})
+        )
         for width in (4, 6)
     ]
     left = {}

@@ -354,3 +354,16 @@ def test_a_run_that_stopped_before_its_evaluation_only_evaluates(
     whole = run(recipe, [f"output={tmp_path / 'whole'}"], console=QUIET)
     assert result.metrics == whole.metrics
     shutil.rmtree(whole.folder)
+
+
+def test_a_run_of_an_older_version_is_known_though_keys_came_since(tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, "kd")
+    first = run(recipe)
+    stored = yaml.safe_load((first.folder / "recipe.yaml").read_text())
+    del stored["teacher"]["cache"], stored["teacher"]["cache_dtype"], stored["student"]["vocabulary"]
+    (first.folder / "recipe.yaml").write_text(yaml.safe_dump(stored))
+    before = (first.folder / "evaluation.json").stat().st_mtime_ns
+    assert run(recipe).metrics == first.metrics
+    assert (first.folder / "evaluation.json").stat().st_mtime_ns == before, "finished, not run again"
+    with pytest.raises(UserError, match=r"teacher.cache: 'auto' there, 'off' now"):
+        run({**recipe, "teacher": {**recipe["teacher"], "cache": "off"}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,17 +23,25 @@ def agreed(value: Value) -> Value:
 
 
 @contextmanager
+def file_lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file in this process; another one waits for it, or gets BlockingIOError."""
+    with explained_disk_errors(what, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
 def held(path: Path, what: str, wait: bool) -> Iterator[None]:
     """Hold a lock file in the main process; a second command waits for it, or gets a UserError that names `what`."""
     if not PartialState().is_main_process:
         yield
         return
-    with explained_disk_errors(what, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w")
-    with stream:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            stack.enter_context(file_lock(path, what, wait))
         except BlockingIOError:
             raise UserError(
                 f"Another command is working in {path.parent}. Wait for it, or choose another output."

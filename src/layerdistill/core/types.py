@@ -69,13 +69,15 @@ class Signal:
     """What a model says about a batch.
 
     `logits` is `(batch, classes)` or `(batch, seq, vocab)`. `hidden[layer]` is `(batch, seq, hidden)`. `masks[stack]`
-    is `(batch, seq)`, 1 on real tokens and 0 on padding. `taps[tap]` is `(batch, seq, features)`.
+    is `(batch, seq)`, 1 on real tokens and 0 on padding. `taps[tap]` is `(batch, seq, features)`. `averages[layer]` is
+    `(batch, hidden)`, the mean of a layer over each example's real tokens.
     """
 
     logits: Tensor | None
     hidden: Mapping[LayerRef, Tensor]
     masks: Mapping[StackName, Tensor]
     taps: Mapping[Tap, Tensor] = field(default_factory=dict)
+    averages: Mapping[LayerRef, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,19 @@ class Mean:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which signals a term asks for; the trainer captures these and nothing else."""
+    """Which signals a term asks for; the trainer captures these and nothing else.
+
+    `teacher_averages` are layers of which a term reads no more than each example's mean over its real tokens. A term
+    that reads the student's logits says so, because where none does those of a language model are not made.
+    """
 
     student: frozenset[LayerRef] = frozenset()
     teacher: frozenset[LayerRef] = frozenset()
     teacher_logits: bool = False
     student_taps: frozenset[Tap] = frozenset()
     teacher_taps: frozenset[Tap] = frozenset()
+    teacher_averages: frozenset[LayerRef] = frozenset()
+    student_logits: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -115,12 +123,14 @@ class Needs:
             self.teacher_logits or other.teacher_logits,
             self.student_taps | other.student_taps,
             self.teacher_taps | other.teacher_taps,
+            self.teacher_averages | other.teacher_averages,
+            self.student_logits or other.student_logits,
         )
 
     @property
     def teacher_at_all(self) -> bool:
         """Whether the teacher has to be run."""
-        return self.teacher_logits or bool(self.teacher) or bool(self.teacher_taps)
+        return self.teacher_logits or bool(self.teacher or self.teacher_taps or self.teacher_averages)
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,7 @@ class StagePreview:
     student_parameters: int | None = None
     notes: Sequence[str] = ()
     training: Mapping[str, Any] | None = field(default_factory=dict)
+    asks: Callable[[int, int], Needs] | None = None
 
 
 @dataclass(frozen=True)

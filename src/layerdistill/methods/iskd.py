@@ -6,11 +6,13 @@ Musaeus and van der Goot, COLING 2025 (https://aclanthology.org/2025.coling-main
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.needs import needs_during
 from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.matching import layer_map, masked_mse
 from layerdistill.methods.hidden_term import HiddenTerm
@@ -131,6 +133,7 @@ class IterativeStructuredKnowledgeDistillation:
                     maps if known else [],
                     student_parameters=left,
                     notes=[note] if count == 1 else [],
+                    asks=partial(needs_during, terms),
                 )
             )
         return with_schedule(previews, config)
@@ -234,14 +237,10 @@ def with_schedule(previews: list[StagePreview], config: IskdConfig) -> list[Stag
     if config.schedule == "bernoulli":
         last = previews[-1]
         return [
-            StagePreview("replacing", last.terms, last.maps, notes=notes),
-            StagePreview("replaced", last.terms, last.maps, student_parameters=last.student_parameters),
+            replace(last, name="replacing", student_parameters=None, notes=notes),
+            replace(last, name="replaced", notes=()),
         ]
-    first = previews[0]
-    return [
-        StagePreview(first.name, first.terms, first.maps, 0, first.student_parameters, notes),
-        *previews[1:],
-    ]
+    return [replace(previews[0], notes=notes), *previews[1:]]
 
 
 def report(stage: str, pair: Pair, context: RunContext) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
+from layerdistill.core.needs import needs_during
 from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.data import CalibrationConfig
 from layerdistill.methods.preview import describe_term
@@ -129,16 +130,17 @@ class LayerPruning:
             left = before - count
             matched = repair_map([left], range(left), depth)
             training = config.repair.scope != "none"
-            terms = [describe_term(term) for term in terms_of(pair, config, matched)] if training else ["no training"]
+            terms = terms_of(pair, config, matched)
             measured = candidates(config.importance, before, [count])
             how = f"{measured} candidates, each without one block" if measured else "one pass over all blocks"
             previews.append(
                 StagePreview(
                     f"repair-{number}" if training else f"round-{number}",
-                    terms,
+                    [describe_term(term) for term in terms] if training else ["no training"],
                     student_parameters=parameters_left(pair.student, left),
                     training={} if training else None,
                     notes=[f"Before it, {count} of {before} blocks are removed by {config.importance} ({how})."],
+                    asks=partial(needs_during, terms) if training else None,
                 )
             )
         return previews

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -10,7 +11,8 @@ from torch import nn
 
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
+from layerdistill.core.needs import needs_during
+from layerdistill.core.types import Needs, Pair, RunContext, Stage, StagePreview
 from layerdistill.matching import LayerMap
 from layerdistill.methods.adapter_term import AdapterTerm
 from layerdistill.methods.curriculum import AFTER, BEFORE, Curriculum, CurriculumConfig, ScheduledTerm, too_late
@@ -142,7 +144,8 @@ class LoraIntermediateLayerDistillation:
             f"Adapters of rank {config.rank} on {count} projections of the student: {added:,} parameters while "
             "training, merged into it at the end: it has none more than before. No mapping is thrown away."
         ]
-        return [StagePreview("distill", describe_terms(config), adapter_maps(config, pair), 0, None, notes)]
+        asks = partial(asked, config, pair)
+        return [StagePreview("distill", describe_terms(config), adapter_maps(config, pair), notes=notes, asks=asks)]
 
     def problems(self, config: LoraIldConfig, pair: Pair) -> list[str]:
         """A loss or a map that does not fit, weights beside a curriculum, or adapters that cannot be compared."""
@@ -254,6 +257,11 @@ def build_terms(config: LoraIldConfig, pair: Pair, epochs: int) -> list[nn.Modul
             )
         )  # fmt: skip
     return terms if curriculum is None else [ScheduledTerm(term, curriculum) for term in terms]
+
+
+def asked(config: LoraIldConfig, pair: Pair, epochs: int, steps_per_epoch: int) -> Needs:
+    """Return what is read of the teacher during the training."""
+    return needs_during(build_terms(config, pair, epochs), epochs, steps_per_epoch)
 
 
 def describe_terms(config: LoraIldConfig) -> list[str]:

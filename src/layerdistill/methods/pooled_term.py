@@ -74,11 +74,13 @@ class PooledTerm(nn.Module):
         return self.form == "layerwise"
 
     def needs(self, progress: Progress) -> Needs:
-        """The matched layers of both models at this point of training."""
+        """The matched layers at this point of training; of the teacher's no more than their averages."""
         groups = [group for layer_map in self.maps for group in layer_map.refs_at(progress.epoch, progress.step)]
+        theirs = frozenset(layer for _, teachers in groups for layer in teachers)
         return Needs(
             student=frozenset(student for student, _ in groups),
-            teacher=frozenset(layer for _, teachers in groups for layer in teachers),
+            teacher=theirs if self.include_padding else frozenset(),
+            teacher_averages=frozenset() if self.include_padding else theirs,
         )
 
     def unit(self, name: str) -> Unit:
@@ -101,8 +103,12 @@ class PooledTerm(nn.Module):
             groups = layer_map.refs_at(progress.epoch, progress.step)
             mask = None if self.include_padding else student.masks[stack]
             ours = {layer: mean_over_tokens(student.hidden[layer], mask) for layer, _ in groups}
+            targets = {layer for _, group in groups for layer in group}
             theirs = {
-                layer: mean_over_tokens(teacher.hidden[layer].detach(), mask) for _, group in groups for layer in group
+                layer: mean_over_tokens(teacher.hidden[layer].detach())
+                if mask is None
+                else teacher.averages[layer].detach()
+                for layer in targets
             }
             if self.per_pair:
                 means.update(self._pair_by_pair(stack, groups, ours, theirs))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+from layerdistill.core.needs import needs_during
 from layerdistill.core.types import Progress, Stage, StagePreview
 
 
@@ -17,6 +19,7 @@ def preview_stages(stages: Iterable[Stage]) -> list[StagePreview]:
             [layer_map for term in stage.terms for layer_map in getattr(term, "maps", [])],
             count_helpers(stage),
             training=stage.training,
+            asks=partial(needs_during, stage.terms) if stage.teacher is None else None,
         )
         for stage in stages
     ]

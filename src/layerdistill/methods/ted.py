@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ class TaskAwareDistillation:
             distill = preview_stages([distill_stage(pair, config, maps, filters)])[0]
         trained, still = (sum(map(count, filters[whose].values())) for whose in ("student", "teacher"))
         note = [f"The teacher's filters, {still:,} parameters, stay as they are."] if still else []
-        return [*found, StagePreview(distill.name, distill.terms, distill.maps, trained, notes=note)]
+        return [*found, replace(distill, thrown_away=trained, notes=note)]
 
     def problems(self, config: TedConfig, pair: Pair) -> list[str]:
         """A layer map or a loss that does not fit, or filters that do not fit the widths."""

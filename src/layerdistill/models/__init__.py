@@ -7,10 +7,12 @@ from layerdistill.models.load import LoadedModel, load_config, load_model, load_
 from layerdistill.models.locate import resolve_model_source
 from layerdistill.models.new import new_config, new_model
 from layerdistill.models.own_code import has_own_code, write_own_code
+from layerdistill.models.positions import fewest_positions, ids_to_stay, positions
 from layerdistill.models.shrink import block_sources, shrink_config
 from layerdistill.models.structure import Stack, depths, find_embeddings, find_head, find_stacks, unwrap, widths
 from layerdistill.models.student import freeze_embeddings, make_student
 from layerdistill.models.tasks import empty_model
+from layerdistill.models.trim_embeddings import trim_config, trim_model
 
 __all__ = [
     "LoadedModel",
@@ -22,19 +24,24 @@ __all__ = [
     "depths",
     "depths_from_config",
     "empty_model",
+    "fewest_positions",
     "find_embeddings",
     "find_head",
     "find_stacks",
     "freeze_embeddings",
     "has_own_code",
+    "ids_to_stay",
     "load_config",
     "load_model",
     "load_student",
     "make_student",
     "new_config",
     "new_model",
+    "positions",
     "resolve_model_source",
     "shrink_config",
+    "trim_config",
+    "trim_model",
     "unwrap",
     "widths",
     "widths_from_config",

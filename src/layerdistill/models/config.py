@@ -11,6 +11,9 @@ from layerdistill.core.errors import one_of
 from layerdistill.models.shrink import COPY_MAPS, Init
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TeacherDtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
+CacheMode = Literal["auto", "off", "fill", "require"]
+CacheDtype = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
 
 class AdapterConfig(SectionConfig):
@@ -44,12 +47,23 @@ class TeacherConfig(SectionConfig):
     """A folder with a LoRA adapter of peft (safetensors), merged into `model`; instead of `finetune`."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
-    dtype: Dtype = "float32"
-    """Type of the teacher's weights; `auto` takes the checkpoint's."""
+    dtype: TeacherDtype = "float32"
+    """Type of its weights when it teaches; `auto` takes the checkpoint's, `fast` bfloat16 where this machine multiplies
+    it natively, else float32. A student cut out of it is made of the weights before that rounding."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     attn_implementation: str | None = None
     """`eager`, `sdpa`, `flash_attention_2`, ...; null lets transformers choose."""
+    cache: CacheMode = "auto"
+    """Whether what the teacher says is kept on the disk and read: auto (where that saves work and fits into
+    `cache_gb`), off, fill (always), require (only read, never run)."""
+    cache_dtype: CacheDtype = "auto"
+    """How hidden states are kept; auto: float16, bfloat16 if the teacher is. int8 has a scale for each row. Logits are
+    kept in float32."""
+    cache_folder: str | None = None
+    """Where; null is a folder named by its content in `$LAYERDISTILL_HOME/cache`, shared by all runs it fits."""
+    cache_gb: PositiveFloat = 10.0
+    """Gigabytes (10^9 bytes) above which `auto` runs the teacher instead."""
 
     @field_validator("finetune")
     @classmethod
@@ -118,6 +132,9 @@ class StudentConfig(SectionConfig):
     copy_map: str | list[int] = "forward"
     """Which teacher block each student block is made of: forward, reverse, first, last, skip, random, or a list of
     teacher blocks counted from 0."""
+    vocabulary: Literal["full", "trimmed"] = "full"
+    """trimmed: only the tokens that the training data needs, all special ones and all single characters; only for a
+    student made out of the teacher."""
     freeze_embeddings: bool = False
     """Whether the embedding tables outside the blocks (tokens, positions, token types) keep their first values."""
     trust_remote_code: bool = False
@@ -139,7 +156,13 @@ class StudentConfig(SectionConfig):
                 f"student has a model ({self.model!r}) and a shape ({', '.join(chosen)}): give one of them. A shape is "
                 "made out of the teacher, a model is taken as it is"
             )
-        if self.model is None and not given:
+        if self.model is not None and self.vocabulary == "trimmed":
+            raise ValueError(
+                f"student.vocabulary is 'trimmed', but student.model ({self.model!r}) brings weights for its whole "
+                "vocabulary, in the teacher's ids: only a student that is made out of the teacher (num_blocks, "
+                "hidden_size, ...) can be trimmed with it. Leave one of them out"
+            )
+        if self.model is None and not given and self.vocabulary == "full":
             raise ValueError(
                 "student is empty: give a shape to make out of the teacher (num_blocks, hidden_size, ...) or a model"
             )

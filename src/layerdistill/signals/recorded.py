@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName
 from layerdistill.models import find_stacks, unwrap
+from layerdistill.signals.row_keys import row_keys
 from layerdistill.signals.source import LiveTeacher, batch_masks
 
 Position = Literal["first", "last"]
@@ -55,7 +55,7 @@ class RecordedTeacher:
         Raises UserError for a row that was not in `batches`, ValueError for what is not recorded.
         """
         recorded = {layer for layers in self.layers.values() for layer in layers}
-        if needs.teacher_logits or needs.teacher_taps or not needs.teacher <= recorded:
+        if needs.teacher_logits or needs.teacher_taps or needs.teacher_averages or not needs.teacher <= recorded:
             raise ValueError(f"the record holds the layers {sorted(recorded)} and nothing else, not {needs}")
         if self.memory is None:
             self.memory = self._record()
@@ -125,19 +125,6 @@ class RecordedTeacher:
             found = torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=offset)
             states[:, row, kept] = found.view(number, tokens, width)
         return states.to(mask.device)
-
-
-def row_keys(batch: Batch) -> list[bytes]:
-    """Return what each row of a batch is known by: a digest of its real token ids and token types."""
-    ids = batch["input_ids"].cpu()
-    mask = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
-    columns = [batch[name].cpu() for name in ("input_ids", "token_type_ids") if name in batch]
-    return [
-        hashlib.blake2b(
-            b"".join(column[row][mask[row]].contiguous().numpy().tobytes() for column in columns), digest_size=16
-        ).digest()
-        for row in range(len(ids))
-    ]
 
 
 def fits_in(

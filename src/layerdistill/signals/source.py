@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from transformers import PreTrainedModel
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Needs, Signal, StackName, Tap
+from layerdistill.matching import mean_over_tokens
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.hooks import Captured, capture
+from layerdistill.signals.stop import stopping_above
 from layerdistill.signals.taps import stack_of, tapped
 
 _NOT_INPUTS = frozenset({"labels", "use_cache", "return_dict", "output_hidden_states", "output_attentions"})
@@ -33,13 +37,22 @@ class LiveTeacher:
         place = batch["input_ids"].device
         if next(self.model.parameters()).device != place:
             self.model.to(place)
+        layers = needs.teacher | needs.teacher_averages
         with torch.no_grad():
-            return run_model(self.model, batch, needs.teacher, logits=needs.teacher_logits, taps=needs.teacher_taps)
+            found = run_model(self.model, batch, layers, logits=needs.teacher_logits, taps=needs.teacher_taps)
+            averages = {
+                layer: mean_over_tokens(found.hidden[layer], found.masks[layer.stack])
+                for layer in needs.teacher_averages
+            }
+        hidden = {layer: state for layer, state in found.hidden.items() if layer in needs.teacher}
+        return replace(found, hidden=hidden, averages=averages)
 
 
-def student_signal(model: nn.Module, batch: Batch, layers: Iterable[LayerRef], taps: Iterable[Tap] = ()) -> Signal:
-    """Return the student's logits, `layers` and `taps` with their graph."""
-    return run_model(model, batch, layers, logits=True, taps=taps)
+def student_signal(
+    model: nn.Module, batch: Batch, layers: Iterable[LayerRef], taps: Iterable[Tap] = (), logits: bool = True
+) -> Signal:
+    """Return the student's logits (unless they are not wanted), `layers` and `taps` with their graph."""
+    return run_model(model, batch, layers, logits=logits, taps=taps)
 
 
 def run_model(
@@ -47,7 +60,8 @@ def run_model(
 ) -> Signal:
     """Run `model` once on `batch` and return its signal; labels are not passed, so it computes no loss of its own.
 
-    Without `logits` only the base model is run, and nothing at all when no layer and no tap is wanted either. `masks`
+    Without `logits` only the base model is run, without a graph no block above the highest layer, and nothing at all
+    when no layer and no tap is wanted either. `masks`
     holds `attention_mask` (ones if there is none); in an encoder-decoder `masks["decoder"]` is
     `decoder_attention_mask`, else where `labels` of decoder positions are not -100, else the encoder's (a classifier
     decodes its own input).
@@ -61,7 +75,10 @@ def run_model(
     # A base model is not called through the wrapper, and only its class knows what a decoder gets for labels.
     whole = logits or model is not inner or (inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs)
     called = model if whole else inner.base_model
-    with capture(model, layers) as hidden, tapped(inner, taps) as places:
+    output = None
+    no_further = not (logits or taps or torch.is_grad_enabled())
+    stop = stopping_above(inner, layers) if no_further else nullcontext()
+    with capture(model, layers) as hidden, tapped(inner, taps) as places, stop:
         output = called(**_accepted(inner if whole else inner.base_model, inputs))
     found = {layer: restore_padding(tensor, masks[layer.stack]) for layer, tensor in _all(hidden, layers)}
     tensors = {tap: restore_padding(tensor, masks[stack_of(inner, tap)]) for tap, tensor in places.items()}

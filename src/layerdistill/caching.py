@@ -1,0 +1,36 @@
+"""`layerdistill cache`: run a recipe's teacher once over the training data and keep what the method will read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from layerdistill.core.errors import UserError
+from layerdistill.finetune import in_students_ids, load_teacher, settle_dtype
+from layerdistill.prepare import prepare
+from layerdistill.recipe import Recipe
+from layerdistill.runner import stage_input
+from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe
+
+
+def fill_cache(recipe: Recipe, console: Console) -> Path:
+    """Fill the teacher cache of a recipe and return its folder; what is there already is not done again.
+
+    Raises UserError for a recipe that reads nothing of a teacher, and when the disk is too small.
+    """
+    prepared = prepare(recipe)
+    needs = needs_of_recipe(prepared)
+    section = recipe.teacher
+    if section is None or not needs.teacher_at_all:
+        raise UserError(
+            f"The method {recipe.method.name!r} reads nothing of a teacher while it trains: no cache helps."
+        )
+    teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
+    given = stage_input(prepared, Path(recipe.output), console)
+    model = in_students_ids(prepared, teacher.model)
+    settle_dtype(section, (model,), console)
+    config = CacheConfig("fill", section.cache_dtype, section.cache_folder, section.cache_gb)
+    teachers = StageTeachers(model, config, given)
+    teachers.source(needs, epochs=1.0)
+    return teachers.open().folder

@@ -1,0 +1,171 @@
+"""The teacher from its cache: run once over the data, then read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap
+from layerdistill.models import unwrap
+from layerdistill.signals.cache_folder import LOGITS, CacheFolder
+from layerdistill.signals.language_head import LanguageHead
+from layerdistill.signals.row_keys import row_keys
+from layerdistill.signals.source import LiveTeacher, batch_masks
+from layerdistill.signals.taps import stack_of
+
+SHARD_BYTES = 2**26
+"""Bytes of signals, as the teacher gives them, after which a shard is written: what a kill may lose."""
+
+CHANGED = (
+    "A training batch holds an example that the data did not hold when the teacher was cached: do examples change from "
+    "epoch to epoch (augmentation, masking anew)? Fix their randomness by example, or write teacher.cache: off."
+)
+
+
+class CachedTeacher:
+    """What a teacher says about every example, read from a folder; the model is run for what is not there yet.
+
+    A row is known by its content (`row_keys`), so any order, collator, padding, number of workers and processes will
+    do. Of a language model the states after the final norm stand for its logits: its head makes them again. Values are
+    those of the batches that `fill` was given, rounded to the folder's dtype; with float32 and batches padded alike
+    they are the live teacher's to the last bit.
+    """
+
+    def __init__(self, live: LiveTeacher, folder: CacheFolder, language_model: bool, only_cached: bool = False) -> None:
+        """With `only_cached` the model is never run; raises UserError for a language model whose head is not known."""
+        self.live = live
+        self.folder = folder
+        self.only_cached = only_cached
+        self.head = LanguageHead(live.model) if language_model else None
+        self.model = live.model
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        """Return the teacher's signal, padding 0, in the dtype it is kept in (float32 for int8).
+
+        Raises UserError for an example that was not in the data that the cache was filled from.
+        """
+        keys = row_keys(batch)
+        if not self.folder.has(self.names(needs), keys):
+            raise UserError(CHANGED)
+        masks = batch_masks(unwrap(self.live.model), batch)
+        hidden = {layer: self._tokens(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
+        taps = {tap: self._tokens(keys, tap_name(tap), masks[self._stack(tap)]) for tap in needs.teacher_taps}
+        averages = {
+            layer: self._examples(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
+        }
+        logits = self._logits(keys, masks) if needs.teacher_logits else None
+        return Signal(logits, hidden, masks, taps, averages)
+
+    def names(self, needs: Needs) -> list[str]:
+        """Return the names under which the folder keeps what `needs` asks for."""
+        names = {str(layer) for layer in needs.teacher} | {tap_name(tap) for tap in needs.teacher_taps}
+        names |= {average_name(layer) for layer in needs.teacher_averages}
+        if needs.teacher_logits:
+            names.add(str(self._final) if self.head is not None else LOGITS)
+        return sorted(names)
+
+    def lacks(self, batch: Batch, needs: Needs) -> bool:
+        """Return whether the folder has not everything that `needs` asks for on a batch."""
+        return not self.folder.has(self.names(needs), row_keys(batch))
+
+    def fill(self, batches: Iterable[Batch], needs: Needs, said: Callable[[int], None] = lambda examples: None) -> None:
+        """Run the teacher on the batches that the folder lacks and keep what `needs` asks for.
+
+        `said` is told the number of examples that each batch had. Raises UserError when the model may not be run.
+        """
+        waiting: dict[bytes, dict[str, Tensor]] = {}
+        size = 0
+        for batch in batches:
+            keys = row_keys(batch)
+            names = [name for name in self.names(needs) if not self.folder.has([name], keys)]
+            if names:
+                if self.only_cached:
+                    raise UserError(
+                        f"teacher.cache is 'require', but the cache in {self.folder.folder} lacks {', '.join(names)} "
+                        "for some examples. Run `layerdistill cache` with the same recipe first, or write "
+                        "teacher.cache: fill."
+                    )
+                found = self._said_about(batch, keys, needs, names)
+                size += sum(rows.nbytes for one in found.values() for rows in one.values())
+                if waiting and sorted(next(iter(waiting.values()))) != names:  # a shard holds the same of each example
+                    self.folder.append(waiting)
+                    waiting, size = {}, 0
+                waiting.update(found)
+                if size >= SHARD_BYTES:
+                    self.folder.append(waiting)
+                    waiting, size = {}, 0
+            said(len(keys))
+        self.folder.append(waiting)
+
+    def _said_about(
+        self, batch: Batch, keys: Sequence[bytes], needs: Needs, names: Sequence[str]
+    ) -> dict[bytes, dict[str, Tensor]]:
+        """Return, for each example, the rows `(n, width)` of every named signal, on the processor."""
+        wanted = Needs(
+            teacher=frozenset(layer for layer in needs.teacher if str(layer) in names),
+            teacher_logits=LOGITS in names,
+            teacher_taps=frozenset(tap for tap in needs.teacher_taps if tap_name(tap) in names),
+            teacher_averages=frozenset(layer for layer in needs.teacher_averages if average_name(layer) in names),
+        )
+        if self.head is not None and needs.teacher_logits and str(self._final) in names:
+            wanted |= Needs(teacher=frozenset({self._final}))
+        signal = self.live.signal(batch, wanted)
+        found: dict[str, list[Tensor]] = {}
+        for name, tensor, stack in [
+            *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
+            *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
+        ]:
+            kept = signal.masks[stack].bool()
+            found[name] = [rows.cpu() for rows in tensor[kept].split(kept.sum(1).tolist())]
+        for layer, tensor in signal.averages.items():
+            found[average_name(layer)] = list(tensor.cpu().split(1))
+        if signal.logits is not None:
+            found[LOGITS] = list(signal.logits.reshape(len(keys), -1).cpu().split(1))
+        return {key: {name: rows[number] for name, rows in found.items()} for number, key in enumerate(keys)}
+
+    @property
+    def _final(self) -> LayerRef:
+        return LayerRef("", -1)
+
+    def _stack(self, tap: Tap) -> StackName:
+        return stack_of(unwrap(self.live.model), tap)
+
+    def _tokens(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
+        """Return `(batch, seq, width)` with zeros on padding, on the mask's device."""
+        rows = [self.folder.rows(name, key) for key in keys]
+        return lay_out(rows, mask.cpu().bool()).to(mask.device)
+
+    def _examples(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
+        """Return `(batch, width)`, on the mask's device."""
+        return torch.cat([self.folder.rows(name, key) for key in keys]).to(mask.device)
+
+    def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
+        if self.head is None:
+            return self._examples(keys, LOGITS, next(iter(masks.values())))
+        states = self._tokens(keys, str(self._final), masks[""])
+        with torch.no_grad():
+            return self.head(states.flatten(0, 1), self._final).view(*states.shape[:2], -1)
+
+
+def lay_out(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Return the rows `(n, width)` of each example where `mask` `(batch, seq)` is true, and zeros elsewhere."""
+    padded = rows[0].new_zeros(*mask.shape, rows[0].shape[1])
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        padded[mask] = torch.cat(list(rows))
+        return padded
+    for target, row in zip(padded, rows, strict=True):  # padding on the right: one copy an example
+        target[: len(row)] = row
+    return padded
+
+
+def tap_name(tap: Tap) -> str:
+    """Return the name under which a tap is kept."""
+    return f"tap:{tap.module}:{tap.side}"
+
+
+def average_name(layer: LayerRef) -> str:
+    """Return the name under which a layer's average over tokens is kept."""
+    return f"average:{layer}"

@@ -1,0 +1,286 @@
+"""The teacher of a stage: the live model, or what it said before, by what the recipe wants and what it would cost."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
+from layerdistill.core.home import home
+from layerdistill.core.needs import needs_during
+from layerdistill.core.processes import agreed
+from layerdistill.core.types import Batch, Needs, Stage, TeacherSource
+from layerdistill.data import fingerprint_dataset
+from layerdistill.models import TeacherConfig
+from layerdistill.models.config import CacheDtype, CacheMode
+from layerdistill.prepare import Prepared, with_shapes
+from layerdistill.signals import LiveTeacher
+from layerdistill.signals.cache_folder import MANIFEST_FILE, CacheFolder, differences, read_manifest
+from layerdistill.signals.cache_rows import StoredDtype
+from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
+from layerdistill.signals.cached_teacher import CachedTeacher
+from layerdistill.train.stage import StageInput, stage_arguments
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""The columns that a teacher's answer depends on."""
+
+WORTH_KEEPING = 1.5
+"""Passes over the data from which on `auto` keeps what the teacher says: one is what filling costs."""
+
+SHARE_OF_DISK = 0.9
+"""Most of the free disk that a cache may take."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Whether, where and how what a teacher says is kept: a recipe's `teacher.cache*` keys, for Python."""
+
+    mode: CacheMode = "auto"
+    dtype: CacheDtype = "auto"
+    folder: str | Path | None = None
+    gb: float = 10.0
+
+    @classmethod
+    def of(cls, section: TeacherConfig | None) -> CacheConfig | None:
+        """Return what a recipe's teacher section says, None without one."""
+        if section is None:
+            return None
+        return cls(section.cache, section.cache_dtype, section.cache_folder, section.cache_gb)
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What keeping a stage's signals would take."""
+
+    needed: int
+    free: int
+
+    def __str__(self) -> str:
+        return f"{self.needed / 1e9:.3g} GB, {self.free / 1e9:.3g} GB are free"
+
+
+class StageTeachers:
+    """Gives each stage of a run its teacher; a cache is filled before the first step of the stage that needs it."""
+
+    def __init__(self, model: nn.Module | None, config: CacheConfig | None, given: StageInput) -> None:
+        self.live = LiveTeacher(model) if model is not None else None
+        self.config = config
+        self.given = given
+        self.language_model = given.task == "causal-lm"
+        self.opened: CacheFolder | None = None
+
+    def refuse_early(self, needs: Needs) -> None:
+        """Raise UserError for a cache that was made for something else or, where it may only be read, lacks `needs`."""
+        if self.live is None or self.config is None or self.config.mode not in ("fill", "require"):
+            return
+        if needs.teacher_at_all:
+            cached = CachedTeacher(self.live, self.open(), self.language_model)
+            if self.config.mode == "require" and not cached.folder.complete(cached.names(needs)):
+                raise UserError(self.nothing_cached(cached, needs))
+
+    def of(self, stage: Stage) -> TeacherSource | None:
+        """Return the source of a stage that has none of its own; raises UserError where `require` finds no cache."""
+        if self.live is None or stage.teacher is not None or self.config is None or self.config.mode == "off":
+            return self.live
+        epochs, steps = self.length_of(stage.training)
+        needs = needs_during(stage.terms, math.ceil(epochs), steps)
+        return self.source(needs, epochs)
+
+    def source(self, needs: Needs, epochs: float) -> TeacherSource | None:
+        """Return what says `needs` for `epochs` passes, filled where it is to be."""
+        assert self.live is not None and self.config is not None, "of() has seen to it"
+        if not needs.teacher_at_all:
+            return self.live
+        try:
+            cached = self.cached(needs, epochs)
+        except UserError as error:
+            if self.config.mode != "auto":
+                raise
+            self.given.console.print(f"The teacher is not cached: {' '.join(error.problems)}", highlight=False)
+            return self.live
+        return cached or self.live
+
+    def cached(self, needs: Needs, epochs: float) -> CachedTeacher | None:
+        """Return the cache, filled, or None where `auto` finds it not worth its while."""
+        assert self.live is not None and self.config is not None, "of() has seen to it"
+        mode = self.config.mode
+        folder = self.open()
+        cached = CachedTeacher(self.live, folder, self.language_model, only_cached=mode == "require")
+        if not agreed(folder.complete(cached.names(needs))):
+            if mode == "auto" and epochs < WORTH_KEEPING:
+                return None
+            if mode == "require":
+                raise UserError(self.nothing_cached(cached, needs))
+            self.refuse_too_large(needs)
+            self.fill(cached, needs)
+        self.given.console.print(
+            f"The teacher is read from {folder.folder} ({folder.size / 1e9:.3g} GB, {folder.dtype}).", highlight=False
+        )
+        return cached
+
+    def open(self) -> CacheFolder:
+        """Return the folder of this teacher, data and dtype; raises UserError for a named one that does not fit."""
+        if self.opened is None:
+            assert self.config is not None and self.live is not None
+            dtype = stored_dtype(self.config, dtype_of(self.live.model))
+            identity = self.identity()
+            name = fingerprint_json({**identity, "cache_dtype": dtype})
+            place = Path(self.config.folder) if self.config.folder else cache_home() / name
+            self.opened = CacheFolder(place, identity, dtype)
+        return self.opened
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a cache belongs to, by names that a message can use."""
+        assert self.live is not None
+        data, model = self.given.datasets["train"], self.live.model
+        longest = max(len(ids) for ids in data["input_ids"])
+        return {
+            "teacher": fingerprint_model(model),
+            "teacher's class": type(model).__name__,
+            "tokenizer": fingerprint_tokenizer(self.given.tokenizer),
+            "longest example": longest,
+            "examples": len(data),
+            "data": fingerprint_dataset(data.select_columns([name for name in INPUTS if name in data.column_names])),
+        }
+
+    def length_of(self, training: Mapping[str, Any]) -> tuple[float, int]:
+        """Return the passes over the data in a stage and the steps of one, on all processes together."""
+        stage = Stage("length", None, nn.ModuleList(), dict(training))
+        arguments = stage_arguments(self.given, stage, self.given.folder)
+        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        steps = max(math.ceil(len(self.given.datasets["train"]) / (batch * PartialState().num_processes)), 1)
+        epochs = arguments.max_steps / steps if arguments.max_steps > 0 else arguments.num_train_epochs
+        return epochs, steps
+
+    # Filling
+
+    def refuse_too_large(self, needs: Needs) -> None:
+        """Say what keeping `needs` will take; raises UserError when that is more than the disk or `auto` allows."""
+        assert self.config is not None and self.live is not None
+        quote = self.quote(needs)
+        advice = (
+            "Keep less: teacher.cache_dtype: int8 (about half of float16), fewer matched layers (method.layer_map), a "
+            "method that reads averages (rail_kd); or name another disk with teacher.cache_folder, or write "
+            "teacher.cache: off"
+        )
+        if quote.needed > SHARE_OF_DISK * quote.free:
+            raise UserError(f"The teacher cache needs {quote} at {self.open().folder}. {advice}.")
+        if self.config.mode == "auto" and quote.needed > self.config.gb * 1e9:
+            raise UserError(
+                f"it would need {quote}, and teacher.cache_gb allows {self.config.gb:g}. {advice}, or raise "
+                "teacher.cache_gb."
+            )
+        self.given.console.print(f"Caching the teacher in {self.open().folder}: {quote}.", highlight=False)
+
+    def quote(self, needs: Needs) -> Quote:
+        """Return what keeping `needs` takes on the disk beyond what is there."""
+        assert self.live is not None
+        folder = self.open()
+        lengths = distinct_lengths(self.given.datasets["train"])
+        needed = cached_bytes(needs, self.live.model, folder.dtype, lengths, self.language_model, folder.completed)
+        place = folder.folder
+        while not place.exists():
+            place = place.parent
+        return Quote(needed, shutil.disk_usage(place).free)
+
+    def fill(self, cached: CachedTeacher, needs: Needs) -> None:
+        """Run the teacher over the training data, each process over its share, and say how long it takes."""
+        folder, console = cached.folder, self.given.console
+        if PartialState().is_main_process:
+            folder.prepare()
+        PartialState().wait_for_everyone()
+        started, done, quoted = time.monotonic(), 0, False
+        total = math.ceil(len(self.given.datasets["train"]) / PartialState().num_processes)
+
+        def said(examples: int) -> None:
+            nonlocal done, quoted
+            done += examples
+            seconds = time.monotonic() - started
+            if not quoted and seconds > QUOTED_AFTER:
+                quoted = True
+                console.print(f"Caching takes about {seconds * total / done / 60:.1f} minutes.", highlight=False)
+
+        cached.fill(self.batches(), needs, said)
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            folder.finish(cached.names(needs))
+        PartialState().wait_for_everyone()
+        folder.refresh()
+        console.print(f"Cached {done:,} examples in {time.monotonic() - started:.0f} s.", highlight=False)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield this process's share of the training data, examples of like length together, always in one order."""
+        data, device = self.given.datasets["train"], PartialState().device
+        size = stage_arguments(self.given, EMPTY, self.given.folder).per_device_train_batch_size
+        lengths = torch.tensor([len(ids) for ids in data["input_ids"]])
+        order = lengths.argsort(stable=True).tolist()
+        starts = range(0, len(order), size)
+        for start in list(starts)[PartialState().process_index :: PartialState().num_processes]:
+            batch = self.given.collator([data[number] for number in order[start : start + size]])
+            yield {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+            }
+
+    def nothing_cached(self, cached: CachedTeacher, needs: Needs) -> str:
+        """Return the message of `require` without a cache: what is lacking, or what the nearest one differs in."""
+        advice = "Run `layerdistill cache` with the same recipe first, or write teacher.cache: fill."
+        if (cached.folder.folder / MANIFEST_FILE).exists():
+            lacking = [name for name in cached.names(needs) if not cached.folder.complete([name])]
+            return f"teacher.cache is 'require', but {cached.folder.folder} lacks {', '.join(lacking)}. {advice}"
+        there = [
+            (differences(read_manifest(path)["identity"], cached.folder.identity), path.parent)
+            for path in sorted(cache_home().glob(f"*/{MANIFEST_FILE}"))
+        ]
+        nearest = min(there, key=lambda found: found[0].count(" there, "), default=None)
+        said = f" The nearest, {nearest[1]}, differs: {nearest[0]}." if nearest is not None else ""
+        return f"teacher.cache is 'require', but there is no cache for this recipe in {cache_home()}.{said} {advice}"
+
+
+EMPTY = Stage("cache", None, nn.ModuleList())
+
+QUOTED_AFTER = 3.0
+"""Seconds of filling after which its length can be told."""
+
+
+def cache_home() -> Path:
+    """Return the folder of caches that no recipe names."""
+    return home() / "cache"
+
+
+def stored_dtype(config: CacheConfig, teacher_dtype: str) -> StoredDtype:
+    """Return how hidden states are kept: as the recipe says, else in 16 bits, bfloat16 for a teacher of that dtype."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if teacher_dtype == "bfloat16" else "float16"
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Return the name of the dtype of a model's first weight."""
+    return str(next(model.parameters()).dtype).rpartition(".")[2]
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Return the fingerprint of what a tokenizer makes of text: its vocabulary and its class."""
+    return fingerprint_json([type(tokenizer).__name__, tokenizer.get_vocab()]) if tokenizer is not None else ""
+
+
+def needs_of_recipe(prepared: Prepared) -> Needs:
+    """Return what all stages will read of the recipe's teacher, as far as it is known before anything is trained."""
+    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
+    needs = Needs()
+    for stage in prepared.method.preview(pair, prepared.recipe.method):
+        if stage.asks is not None and stage.training is not None:
+            changed = replace(prepared, arguments=prepared.arguments_with(stage.training))
+            epochs = -(-changed.total_steps // changed.steps_per_epoch)
+            needs |= stage.asks(epochs, changed.steps_per_epoch)
+    return needs

@@ -1,0 +1,162 @@
+"""A cached teacher says what the live one says, of every kind of signal, whatever the order and the padding."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+from toy import ToyCollator, toy_rows
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import LayerRef, Needs, Tap
+from layerdistill.models.projections import find_projections
+from layerdistill.signals import LiveTeacher
+from layerdistill.signals.cache_folder import CacheFolder
+from layerdistill.signals.cache_rows import StoredDtype
+from layerdistill.signals.cached_teacher import CachedTeacher, lay_out
+
+LAYERS = frozenset({LayerRef("", 0), LayerRef("", 2), LayerRef("", -1)})
+
+
+def batches(rows: list[dict[str, Any]], size: int = 4, to: int | None = None) -> list[dict[str, Tensor]]:
+    collate = ToyCollator("causal-lm" if isinstance(rows[0]["labels"], list) else "sequence-classification", to=to)
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def cached_teacher(folder: Path, model: Any, dtype: StoredDtype = "float32", **options: Any) -> CachedTeacher:
+    folder_of = CacheFolder(folder, {"teacher": "t"}, dtype)
+    folder_of.prepare()
+    language_model = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+    return CachedTeacher(LiveTeacher(model), folder_of, language_model, **options)
+
+
+def everything(model: Any) -> Needs:
+    stack = next(iter(find_projections(model).values()))
+    taps = frozenset(Tap(path, "input") for block in stack[:2] for path in block.values())
+    return Needs(teacher=LAYERS, teacher_logits=True, teacher_taps=taps, teacher_averages=frozenset({LayerRef("", 1)}))
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "gpt2", "llama"])
+def test_every_kind_of_signal_is_the_live_ones_in_any_order_and_padding(family: str, tmp_path: Path) -> None:
+    model, rows = tiny_model(family, "sequence-classification"), toy_rows("sequence-classification", size=14, seed=2)
+    cached, needs = cached_teacher(tmp_path / "c", model), everything(model)
+    cached.fill(batches(rows), needs)
+    shuffled = random.Random(3).sample(rows, len(rows))
+    for batch in batches(shuffled, 5, to=max(len(row["input_ids"]) for row in rows) + 3):
+        found, live = cached.signal(batch, needs), LiveTeacher(model).signal(batch, needs)
+        mask = batch["attention_mask"].bool()
+        torch.testing.assert_close(found.logits, live.logits, atol=1e-5, rtol=1e-4)
+        assert found.hidden.keys() == live.hidden.keys()
+        assert found.taps.keys() == live.taps.keys()
+        for ours, theirs in (*zip_values(found.hidden, live.hidden), *zip_values(found.taps, live.taps)):
+            torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-4)
+            assert not ours[~mask].any(), "padding is zero"
+        for ours, theirs in zip_values(found.averages, live.averages):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def zip_values(first: Any, second: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(first[name], second[name]) for name in first]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_batches_like_those_that_filled_it_are_equal_to_the_last_bit(family: str, tmp_path: Path) -> None:
+    model, rows = tiny_model(family, "sequence-classification"), toy_rows("sequence-classification", size=12, seed=2)
+    cached, needs = cached_teacher(tmp_path / "c", model), everything(model)
+    cached.fill(batches(rows), needs)
+    for batch in batches(rows):
+        found, live = cached.signal(batch, needs), LiveTeacher(model).signal(batch, needs)
+        mask = batch["attention_mask"].bool()
+        assert torch.equal(found.logits, live.logits)
+        for layer in LAYERS:
+            assert torch.equal(found.hidden[layer][mask], live.hidden[layer][mask])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt-neox"])
+def test_a_language_model_keeps_states_and_its_head_makes_the_logits(family: str, tmp_path: Path) -> None:
+    model, rows = tiny_model(family, "causal-lm"), toy_rows("causal-lm", size=8, seed=1)
+    cached, needs = cached_teacher(tmp_path / "c", model), Needs(teacher_logits=True)
+    cached.fill(batches(rows), needs)
+    assert cached.names(needs) == ["final"]
+    batch = batches(rows, 3)[1]
+    found, live = cached.signal(batch, needs), LiveTeacher(model).signal(batch, needs)
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(found.logits[mask], live.logits[mask], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_two_stacks_have_rows_of_their_own(family: str, tmp_path: Path) -> None:
+    model, rows = tiny_model(family, "sequence-classification"), toy_rows("sequence-classification", size=9, seed=2)
+    for row in rows:
+        row["input_ids"][-1] = 2
+    layers = frozenset({LayerRef("encoder", 1), LayerRef("decoder", 2)})
+    cached, needs = cached_teacher(tmp_path / "c", model), Needs(teacher=layers, teacher_logits=True)
+    cached.fill(batches(rows), needs)
+    for batch in batches(rows[::-1], 3):
+        found, live = cached.signal(batch, needs), LiveTeacher(model).signal(batch, needs)
+        torch.testing.assert_close(found.logits, live.logits, atol=1e-5, rtol=1e-4)
+        for layer in layers:
+            mask = live.masks[layer.stack].bool()
+            torch.testing.assert_close(found.hidden[layer][mask], live.hidden[layer][mask], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)])
+def test_stored_precision_is_what_is_lost(dtype: StoredDtype, error: float, tmp_path: Path) -> None:
+    model, rows = tiny_model("bert", "sequence-classification"), toy_rows("sequence-classification", size=8, seed=2)
+    cached, needs = cached_teacher(tmp_path / "c", model, dtype), Needs(teacher=LAYERS)
+    cached.fill(batches(rows), needs)
+    batch = batches(rows)[0]
+    found, live = cached.signal(batch, needs), LiveTeacher(model).signal(batch, needs)
+    for layer in LAYERS:
+        difference = (found.hidden[layer].float() - live.hidden[layer])[batch["attention_mask"].bool()]
+        assert 0 < difference.abs().max() <= error * live.hidden[layer].abs().max()
+
+
+def test_only_what_is_lacking_is_run(tmp_path: Path) -> None:
+    model, rows = tiny_model("bert", "sequence-classification"), toy_rows("sequence-classification", size=12, seed=2)
+    runs: list[int] = []
+    model.bert.register_forward_hook(lambda *_: runs.append(1))
+    few, more = Needs(teacher=frozenset({LayerRef("", 1)})), Needs(teacher=frozenset({LayerRef("", k) for k in (1, 2)}))
+    cached = cached_teacher(tmp_path / "c", model)
+    cached.fill(batches(rows[:8]), few)
+    assert len(runs) == 2
+    cached.fill(batches(rows), few)
+    assert len(runs) == 3
+    cached.fill(batches(rows), more)
+    assert len(runs) == 6
+    cached.fill(batches(rows), more)
+    assert len(runs) == 6
+    names = [set(shard["signals"]) for shard in cached.folder.shards]
+    assert names == [{"1"}, {"1"}, {"2"}], "layer 1 is not kept again"
+
+
+def test_an_example_that_changed_is_refused_and_so_is_running_what_may_only_be_read(tmp_path: Path) -> None:
+    model, rows = tiny_model("bert", "sequence-classification"), toy_rows("sequence-classification", size=8, seed=2)
+    needs = Needs(teacher=LAYERS)
+    cached = cached_teacher(tmp_path / "c", model, only_cached=True)
+    with pytest.raises(UserError, match=r"'require', but the cache in .* lacks 0, 2, final"):
+        cached.fill(batches(rows), needs)
+    cached_teacher(tmp_path / "c", model).fill(batches(rows), needs)
+    rows[3]["input_ids"][1] += 1
+    cached.folder.refresh()
+    cached.fill(batches(rows[4:]), needs)
+    with pytest.raises(UserError, match="do examples change from epoch to epoch"):
+        cached.signal(batches(rows)[0], needs)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_rows_are_laid_out_where_the_mask_says(side: str) -> None:
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    rows = [torch.randn(count, 2) for count in (4, 1, 3)]
+    for number, (row, kept) in enumerate(zip(rows, mask, strict=True)):
+        start = {"left": 6 - len(row), "right": 0, "both": number}[side]
+        kept[start : start + len(row)] = True
+    found = lay_out(rows, mask)
+    assert found.shape == (3, 6, 2)
+    assert torch.equal(found[mask], torch.cat(rows))
+    assert not found[~mask].any()
