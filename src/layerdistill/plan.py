@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from layerdistill.core.types import Needs, StagePreview
 from layerdistill.matching import LayerMap, map_rows
+from layerdistill.matching.vocabulary_loss import FEWEST_ROWS
 from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
 from layerdistill.models.fast_dtype import fast_dtype
@@ -115,14 +116,18 @@ def parameters_of(prepared: Prepared, config: PreTrainedConfig) -> dict[str, int
 
 
 def activation_bytes(prepared: Prepared) -> int:
-    """Return roughly the bytes a full-length batch holds at most: 16 widths per block and token, and logits."""
+    """Return roughly the bytes a full-length batch holds at most: 16 widths per block and token, and a chunk of logits.
+
+    Beside the chunk there is the gradient of the head, made chunk by chunk.
+    """
     recipe = prepared.recipe
     tokens = prepared.arguments.per_device_train_batch_size * recipe.data.max_length
     pair = prepared.pair
     per_token = sum(16 * pair.student_width[stack] * depth for stack, depth in pair.student_depth.items())
+    numbers = tokens * per_token
     if recipe.data.task == "causal-lm":
-        per_token += 6 * prepared.student_config.vocab_size
-    return tokens * per_token * BYTES
+        numbers += 2 * prepared.student_config.vocab_size * (max(pair.student_width.values()) + FEWEST_ROWS)
+    return numbers * BYTES
 
 
 def free_memory() -> int:

@@ -120,7 +120,7 @@ def test_stored_precision_is_what_is_lost(dtype: StoredDtype, error: float, tmp_
 def test_only_what_is_lacking_is_run(tmp_path: Path) -> None:
     model, rows = tiny_model("bert", "sequence-classification"), toy_rows("sequence-classification", size=12, seed=2)
     runs: list[int] = []
-    model.bert.register_forward_hook(lambda *_: runs.append(1))
+    model.bert.embeddings.register_forward_hook(lambda *_: runs.append(1))
     few, more = Needs(teacher=frozenset({LayerRef("", 1)})), Needs(teacher=frozenset({LayerRef("", k) for k in (1, 2)}))
     cached = cached_teacher(tmp_path / "c", model)
     cached.fill(batches(rows[:8]), few)
@@ -160,3 +160,11 @@ def test_rows_are_laid_out_where_the_mask_says(side: str) -> None:
     assert found.shape == (3, 6, 2)
     assert torch.equal(found[mask], torch.cat(rows))
     assert not found[~mask].any()
+
+
+def test_a_language_model_whose_head_is_not_known_is_not_cached(tmp_path: Path) -> None:
+    model = tiny_model("opt", "causal-lm", word_embed_proj_dim=16)
+    cached = cached_teacher(tmp_path / "c", model)
+    assert cached.names(Needs(teacher=frozenset({LayerRef("", 2)}))) == ["2"]
+    with pytest.raises(UserError, match=r"Write teacher\.cache: off"):
+        cached.names(Needs(teacher_logits=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from layerdistill.signals.taps import stack_of
 
 SHARD_BYTES = 2**26
 """Bytes of signals, as the teacher gives them, after which a shard is written: what a kill may lose."""
+
+FINAL = LayerRef("", -1)
 
 CHANGED = (
     "A training batch holds an example that the data did not hold when the teacher was cached: do examples change from "
@@ -35,11 +38,11 @@ class CachedTeacher:
     """
 
     def __init__(self, live: LiveTeacher, folder: CacheFolder, language_model: bool, only_cached: bool = False) -> None:
-        """With `only_cached` the model is never run; raises UserError for a language model whose head is not known."""
+        """With `only_cached` the model is never run."""
         self.live = live
         self.folder = folder
         self.only_cached = only_cached
-        self.head = LanguageHead(live.model) if language_model else None
+        self.language_model = language_model
         self.model = live.model
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
@@ -59,12 +62,25 @@ class CachedTeacher:
         logits = self._logits(keys, masks) if needs.teacher_logits else None
         return Signal(logits, hidden, masks, taps, averages)
 
+    @cached_property
+    def head(self) -> LanguageHead | None:
+        """What makes logits of a language model's states; raises UserError where that is not known."""
+        if not self.language_model:
+            return None
+        try:
+            return LanguageHead(self.model)
+        except UserError as error:
+            raise UserError(
+                f"{type(self.model).__name__} makes its logits in another way than by its final norm and its head, so "
+                "its states cannot be kept in their place. Write teacher.cache: off."
+            ) from error
+
     def names(self, needs: Needs) -> list[str]:
         """Return the names under which the folder keeps what `needs` asks for."""
         names = {str(layer) for layer in needs.teacher} | {tap_name(tap) for tap in needs.teacher_taps}
         names |= {average_name(layer) for layer in needs.teacher_averages}
         if needs.teacher_logits:
-            names.add(str(self._final) if self.head is not None else LOGITS)
+            names.add(str(FINAL) if self.head is not None else LOGITS)
         return sorted(names)
 
     def lacks(self, batch: Batch, needs: Needs) -> bool:
@@ -110,8 +126,8 @@ class CachedTeacher:
             teacher_taps=frozenset(tap for tap in needs.teacher_taps if tap_name(tap) in names),
             teacher_averages=frozenset(layer for layer in needs.teacher_averages if average_name(layer) in names),
         )
-        if self.head is not None and needs.teacher_logits and str(self._final) in names:
-            wanted |= Needs(teacher=frozenset({self._final}))
+        if needs.teacher_logits and self.head is not None and str(FINAL) in names:
+            wanted |= Needs(teacher=frozenset({FINAL}))
         signal = self.live.signal(batch, wanted)
         found: dict[str, list[Tensor]] = {}
         for name, tensor, stack in [
@@ -125,10 +141,6 @@ class CachedTeacher:
         if signal.logits is not None:
             found[LOGITS] = list(signal.logits.reshape(len(keys), -1).cpu().split(1))
         return {key: {name: rows[number] for name, rows in found.items()} for number, key in enumerate(keys)}
-
-    @property
-    def _final(self) -> LayerRef:
-        return LayerRef("", -1)
 
     def _stack(self, tap: Tap) -> StackName:
         return stack_of(unwrap(self.live.model), tap)
@@ -145,9 +157,9 @@ class CachedTeacher:
     def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
         if self.head is None:
             return self._examples(keys, LOGITS, next(iter(masks.values())))
-        states = self._tokens(keys, str(self._final), masks[""])
+        states = self._tokens(keys, str(FINAL), masks[""])
         with torch.no_grad():
-            return self.head(states.flatten(0, 1), self._final).view(*states.shape[:2], -1)
+            return self.head(states.flatten(0, 1), FINAL).view(*states.shape[:2], -1)
 
 
 def lay_out(rows: Sequence[Tensor], mask: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""The benchmark's processes: they compute the same thing, obey, and their result becomes a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A child on the work W1 at its tiniest."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.child", "--work", "W1", "--tiny", *arguments],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_first_losses_agree_with_the_loop_written_by_hand() -> None:
+    children = [start("--check", "--arm", arm) for arm in ("naive loop", "layerdistill")]
+    naive, ours = (json.loads(child.communicate(timeout=200)[0]) for child in children)
+    assert naive.keys() == ours.keys() == {"task", "logits", "hidden"}
+    assert ours == pytest.approx(naive, rel=1e-3)
+
+
+def test_a_child_does_as_many_steps_as_it_is_told() -> None:
+    child = start("--arm", "naive loop", "--batches", "4", "--warmup", "1")
+    said, errors = child.communicate("run 2\nrun 3\nstop\n", timeout=200)
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert child.returncode == 0, errors
+    ready, *blocks = answers
+    assert ready["base"] > 0
+    assert ready["versions"]["torch"] != "not installed"
+    assert [block["steps"] for block in blocks] == [2, 3]
+    assert all(block["peak"] > 0 and block["wall"] > 0 and block["cpu"] > 0 for block in blocks)
+    assert blocks[0]["tokens"] <= blocks[0]["positions"] <= 2 * 4 * 16
+
+
+def block(cpu: float, peak: int) -> dict[str, Any]:
+    """Two steps that took `cpu` seconds."""
+    return {"cpu": cpu, "wall": 2 * cpu, "steps": 2, "peak": peak, "tokens": 60, "positions": 80}
+
+
+def arm(*seconds: float, peak: int = 3_000_000, **more: Any) -> dict[str, Any]:
+    """What was measured of an arm."""
+    losses = {"task": 0.7, "logits": 0.1}
+    return {
+        "note": "", "tolerance": 1e-3, "base": 1_000_000, "losses": losses,
+        "blocks": [block(second, peak) for second in seconds], **more,
+    }  # fmt: skip
+
+
+def small_result() -> dict[str, Any]:
+    """A result as the benchmark writes it."""
+    works = {
+        name: {
+            "naive loop": arm(2.0, 4.0, 4.0),
+            "floor": arm(0.5, 1.0, 1.0),
+            "layerdistill": arm(1.0, 1.0, 2.0, peak=2_000_000),
+            "torchdistill": arm(2.0, 4.0, 4.0, losses={"task + logits": 0.9}),
+            "TextBrewer": {**arm(), "failed": "does not install: no such package"},
+        }
+        for name in ("W1", "W2", "W4-kd", "W4-cosine")
+    }
+    machine = {
+        "processor": "a processor", "flags": ["amx_bf16"], "cores": 2, "memory_gb": 24.0, "system": "Linux",
+        "python": "3.11", "load": 0.0, "commit": "abc",
+    }  # fmt: skip
+    about = {name: {"title": "a title", "words": "Some words.", "steps": 2} for name in works}
+    return {
+        "date": "2026-01-01", "machine": machine, "threads": 1, "device": "cpu", "rounds": 3, "command": "a command",
+        "about": about, "works": works,
+    }  # fmt: skip
+
+
+def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
+    result, page = tmp_path / "results.json", tmp_path / "page.md"
+    result.write_text(json.dumps(small_result()))
+    subprocess.run([sys.executable, "-m", "benchmarks.page", str(result), str(page)], cwd=ROOT, check=True)
+    lines = page.read_text().splitlines()
+    ours = next(line for line in lines if line.startswith("| layerdistill |"))
+    # Blocks of two steps, paired: 1/2, 1/4, 2/4. Medians, memory over the base, and the share beyond 0.25 of 0.5.
+    assert ours == "| layerdistill | 500 | 0.50 [0.25-0.50] | 1,000 | 0.50 [0.25-0.50] | 40 | 1 | 0.50 | 50% | " + (
+        "first losses agree |"
+    )
+    assert "task + logits 0.9, not 0.8" in next(line for line in lines if line.startswith("| torchdistill |"))
+    assert "**failed:** does not install: no such package" in next(line for line in lines if "TextBrewer" in line)
+    assert "a processor, 2 cores, 24.0 GB; amx_bf16" in page.read_text()
+    # Four methods of 15 passes of 2,105 steps of 2 s and of 0.5 s.
+    study = [line for line in lines[lines.index("## W4: a study") :] if line.startswith("|")]
+    assert study[2:] == ["| naive loop | 70.2 | 1.00 |  |", "| layerdistill | 17.5 | 0.25 |  |"]
