@@ -8,8 +8,8 @@ from typing import Any
 
 from layerdistill.core.types import Needs, Progress
 
-STEPS_LOOKED_AT = 2000
-"""Steps of which each is asked; a map that is drawn anew for each batch has named every layer long before."""
+LOOKED_AT = 2000
+"""Epochs, and steps, of which each is asked; a map that is drawn anew for each has named every layer long before."""
 
 
 def needs_during(terms: Iterable[Any], epochs: int, steps_per_epoch: int) -> Needs:
@@ -18,9 +18,9 @@ def needs_during(terms: Iterable[Any], epochs: int, steps_per_epoch: int) -> Nee
     for term in terms:
         first = term.needs(Progress())
         needs |= first
-        starts = (Progress(epoch, epoch * steps_per_epoch) for epoch in range(epochs))
+        starts = (Progress(epoch, epoch * steps_per_epoch) for epoch in range(min(epochs, LOOKED_AT)))
         steps = (Progress(step // max(steps_per_epoch, 1), step) for step in range(epochs * steps_per_epoch))
-        for progress in (*starts, *islice(steps, STEPS_LOOKED_AT)):
+        for progress in (*starts, *islice(steps, LOOKED_AT)):
             found = term.needs(progress)
             needs = needs if found == first else needs | found
     return needs

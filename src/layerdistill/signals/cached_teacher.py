@@ -83,43 +83,34 @@ class CachedTeacher:
             names.add(str(FINAL) if self.head is not None else LOGITS)
         return sorted(names)
 
-    def lacks(self, batch: Batch, needs: Needs) -> bool:
-        """Return whether the folder has not everything that `needs` asks for on a batch."""
-        return not self.folder.has(self.names(needs), row_keys(batch))
-
     def fill(self, batches: Iterable[Batch], needs: Needs, said: Callable[[int], None] = lambda examples: None) -> None:
         """Run the teacher on the batches that the folder lacks and keep what `needs` asks for.
 
         `said` is told the number of examples that each batch had. Raises UserError when the model may not be run.
         """
-        waiting: dict[bytes, dict[str, Tensor]] = {}
-        size = 0
+        filler = Filler(self, needs)
         for batch in batches:
-            keys = row_keys(batch)
-            names = [name for name in self.names(needs) if not self.folder.has([name], keys)]
-            if names:
-                if self.only_cached:
-                    raise UserError(
-                        f"teacher.cache is 'require', but the cache in {self.folder.folder} lacks {', '.join(names)} "
-                        "for some examples. Run `layerdistill cache` with the same recipe first, or write "
-                        "teacher.cache: fill."
-                    )
-                found = self._said_about(batch, keys, needs, names)
-                size += sum(rows.nbytes for one in found.values() for rows in one.values())
-                if waiting and sorted(next(iter(waiting.values()))) != names:  # a shard holds the same of each example
-                    self.folder.append(waiting)
-                    waiting, size = {}, 0
-                waiting.update(found)
-                if size >= SHARD_BYTES:
-                    self.folder.append(waiting)
-                    waiting, size = {}, 0
-            said(len(keys))
-        self.folder.append(waiting)
+            filler.add(batch)
+            said(len(batch["input_ids"]))
+        filler.close()
 
-    def _said_about(
-        self, batch: Batch, keys: Sequence[bytes], needs: Needs, names: Sequence[str]
-    ) -> dict[bytes, dict[str, Tensor]]:
-        """Return, for each example, the rows `(n, width)` of every named signal, on the processor."""
+    def rows_of(self, signal: Signal, keys: Sequence[bytes]) -> dict[bytes, dict[str, Tensor]]:
+        """Return the rows `(n, width)` of every part of a signal, by example and name, on the processor."""
+        found: dict[str, list[Tensor]] = {}
+        for name, tensor, stack in [
+            *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
+            *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
+        ]:
+            kept = signal.masks[stack].bool()
+            found[name] = list(tensor[kept].cpu().split(kept.sum(1).tolist()))
+        for layer, tensor in signal.averages.items():
+            found[average_name(layer)] = list(tensor.cpu().split(1))
+        if signal.logits is not None:
+            found[LOGITS] = list(signal.logits.reshape(len(keys), -1).cpu().split(1))
+        return {key: {name: rows[number] for name, rows in found.items()} for number, key in enumerate(keys)}
+
+    def among(self, needs: Needs, names: Sequence[str]) -> Needs:
+        """Return the part of `needs` that is kept under `names`, as the live teacher is to be asked for it."""
         wanted = Needs(
             teacher=frozenset(layer for layer in needs.teacher if str(layer) in names),
             teacher_logits=LOGITS in names,
@@ -128,19 +119,7 @@ class CachedTeacher:
         )
         if needs.teacher_logits and self.head is not None and str(FINAL) in names:
             wanted |= Needs(teacher=frozenset({FINAL}))
-        signal = self.live.signal(batch, wanted)
-        found: dict[str, list[Tensor]] = {}
-        for name, tensor, stack in [
-            *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
-            *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
-        ]:
-            kept = signal.masks[stack].bool()
-            found[name] = [rows.cpu() for rows in tensor[kept].split(kept.sum(1).tolist())]
-        for layer, tensor in signal.averages.items():
-            found[average_name(layer)] = list(tensor.cpu().split(1))
-        if signal.logits is not None:
-            found[LOGITS] = list(signal.logits.reshape(len(keys), -1).cpu().split(1))
-        return {key: {name: rows[number] for name, rows in found.items()} for number, key in enumerate(keys)}
+        return wanted
 
     def _stack(self, tap: Tap) -> StackName:
         return stack_of(unwrap(self.live.model), tap)
@@ -160,6 +139,46 @@ class CachedTeacher:
         states = self._tokens(keys, str(FINAL), masks[""])
         with torch.no_grad():
             return self.head(states.flatten(0, 1), FINAL).view(*states.shape[:2], -1)
+
+
+class Filler:
+    """Runs a teacher batch by batch for what its cache lacks and keeps that, a shard at a time."""
+
+    def __init__(self, cached: CachedTeacher, needs: Needs) -> None:
+        self.cached = cached
+        self.needs = needs
+        self.names = cached.names(needs)
+        self.waiting: dict[bytes, dict[str, Tensor]] = {}
+        self.size = 0
+
+    def add(self, batch: Batch) -> Signal | None:
+        """Return what the teacher was made to say about a batch, None where nothing was lacking.
+
+        Raises UserError when the model may not be run.
+        """
+        cached, keys = self.cached, row_keys(batch)
+        lacking = [name for name in self.names if not cached.folder.has([name], keys)]
+        if not lacking:
+            return None
+        if cached.only_cached:
+            raise UserError(
+                f"teacher.cache is 'require', but the cache in {cached.folder.folder} lacks {', '.join(lacking)} for "
+                "some examples. Run `layerdistill cache` with the same recipe first, or write teacher.cache: fill."
+            )
+        signal = cached.live.signal(batch, cached.among(self.needs, lacking))
+        found = cached.rows_of(signal, keys)
+        if self.waiting and sorted(next(iter(self.waiting.values()))) != lacking:
+            self.close()  # a shard holds the same of each example
+        self.waiting.update(found)
+        self.size += sum(rows.nbytes for one in found.values() for rows in one.values())
+        if self.size >= SHARD_BYTES:
+            self.close()
+        return signal
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self.cached.folder.append(self.waiting)
+        self.waiting, self.size = {}, 0
 
 
 def lay_out(rows: Sequence[Tensor], mask: Tensor) -> Tensor:

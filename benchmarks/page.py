@@ -1,0 +1,157 @@
+"""Writes the page: `python -m benchmarks.page RESULTS.json PAGE.md`; the benchmark calls it by itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms.table import FLOOR, REFERENCE
+from benchmarks.summary import (
+    STUDY_BATCH,
+    STUDY_EPOCHS,
+    STUDY_EXAMPLES,
+    STUDY_METHODS,
+    STUDY_SEEDS,
+    STUDY_STEPS,
+    WAYS,
+    Ratio,
+    Results,
+    disagreements,
+    not_the_students,
+    peak_over_base,
+    per_step,
+    positions_per_step,
+    ratio,
+    study_seconds,
+)
+
+HOW = f"""Every arm runs in a process of its own, the tools compared with in an environment of their own (installed by
+name from the package index). All start from the same models with random weights and the same random texts. The
+processes take turns, block by block: A B C A B C ... A ratio is that of two blocks of one round; the tables give the
+median over rounds and, in brackets, the smallest and the largest. Memory is the peak during the blocks over what was in
+use when models and data were loaded, optimizer states and all. **R0** is the {REFERENCE.name}: the teacher in float32
+under `no_grad` with `output_hidden_states=True` at every step, shuffled batches, dynamic padding, `torch.optim.AdamW`.
+The **{FLOOR.name}** is the same loop with the teacher's outputs in memory: the student's own forward, backward and
+optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor. "Positions" are those
+of a step's batch on average, padding too: where texts of similar length come together there are fewer, and blocks
+differ more from one another.
+
+Before anything is timed, every arm does one step without dropout on the same first batch, and its loss terms are
+compared with R0's; the column on the right says where they differ, and why."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first and the last are numbers."""
+    align = ["---", *("---:" for _ in head[1:-1]), "---"]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, align, *rows))
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Return a time per step for a cell."""
+    return "" if seconds is None else f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"
+
+
+def times(found: Ratio | None) -> str:
+    """Return a ratio for a cell."""
+    if found is None:
+        return ""
+    middle = f"{found.middle:.2f}"
+    return middle if found.least == found.most == 1 else f"{middle} [{found.least:.2f}-{found.most:.2f}]"
+
+
+def remarks(results: Results, name: str) -> str:
+    """Return what is to be said of an arm: that it failed, or how its losses compare and what it does differently."""
+    result = results[name]
+    note = [result["note"]] if result.get("note") else []
+    if "failed" in result:
+        return f"**failed:** {result['failed']}".replace("|", "/")
+    if name == REFERENCE.name:
+        return "R0"
+    different = disagreements(results, name)
+    first = "first losses agree" if not different else "; ".join(different)
+    return "; ".join([first, *note])
+
+
+def work_table(results: Results, on_gpu: bool) -> str:
+    """Return one work's table; on a GPU the time on the wall is what counts."""
+    clock = "wall" if on_gpu else "cpu"
+    reference = peak_over_base(results[REFERENCE.name]) if REFERENCE.name in results else None
+    rows = []
+    for name, result in results.items():
+        peak, share = peak_over_base(result), not_the_students(results, name, clock)
+        positions = positions_per_step(result)
+        rows.append([
+            name, milliseconds(per_step(result, "cpu")), times(ratio(results, name, "cpu")),
+            milliseconds(per_step(result, "wall")), times(ratio(results, name, "wall")),
+            "" if positions is None else f"{positions:,.0f}",
+            "" if peak is None else f"{peak / 1e6:,.0f}",
+            "" if peak is None or not reference else f"{peak / reference:.2f}",
+            "" if share is None else f"{share:.0%}", remarks(results, name),
+        ])  # fmt: skip
+    head = [
+        "arm", "CPU ms", "CPU / R0", "wall ms", "wall / R0", "positions", "MB over base", "/ R0",
+        "not the student's own", "",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def study_section(works: Mapping[str, Results], on_gpu: bool) -> str:
+    """Return the section on the study W4, which is computed from the parts."""
+    clock = "wall" if on_gpu else "cpu"
+    found = [(way.name, study_seconds(works, way, clock)) for way in WAYS]
+    reference = dict(found).get(REFERENCE.name)
+    rows = [
+        [name, f"{seconds / 3600:.1f}", "" if reference is None else f"{seconds / reference:.2f}", ""]
+        for name, seconds in found
+        if seconds is not None
+    ]
+    if not rows:
+        return ""
+    methods = ", ".join(f"{method} ({work})" for method, work in STUDY_METHODS.items())
+    text = f"""## W4: a study
+
+**Computed, not run.** {len(STUDY_METHODS)} methods x {STUDY_SEEDS} seeds x {STUDY_EPOCHS} epochs over as many examples
+as SST-2's train split has ({STUDY_EXAMPLES:,}: {STUDY_STEPS:,} steps of {STUDY_BATCH} in a pass), with the texts'
+lengths of W1. The methods, and where their median times per step were measured: {methods}. Each is multiplied by its
+steps; loading, evaluating and saving are not in it. Where a cache is filled, the first pass over the data has the cost
+of filling it and all later ones, of every method and seed, that of reading it.
+
+"""
+    return text + table(["way", f"hours ({'wall' if on_gpu else 'process CPU'})", "/ R0", ""], rows)
+
+
+def measured_on(given: Mapping[str, Any]) -> str:
+    """Return the list of machine, versions and settings."""
+    machine = given["machine"]
+    lines = [
+        f"Date: {given['date']}; commit {machine['commit']}; command: `{given['command']}`",
+        f"Processor: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; "
+        f"{', '.join(machine['flags']) or 'none of the flags that matter'}",
+        f"Torch threads: {given['threads']}; device: {given['device']}; load before the start: {machine['load']:.2f}",
+        f"{machine['system']}, Python {machine['python']}",
+    ]
+    versions: dict[str, str] = {}
+    for results in given["works"].values():
+        for result in results.values():
+            versions |= result.get("versions", {})
+    lines.append("Versions: " + ", ".join(f"{name} {found}" for name, found in sorted(versions.items())))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def write_page(given: Mapping[str, Any], path: Path) -> None:
+    """Write the page from a result."""
+    on_gpu = given["device"] != "cpu"
+    parts = ["# Benchmarks", "What a step of distillation costs. Repeat it with `make bench`.", measured_on(given), HOW]
+    for name, results in given["works"].items():
+        about = given["about"][name]
+        size = f"{given['rounds']} rounds of blocks of {about['steps']} steps."
+        parts += [f"## {name}: {about['title']}", f"{about['words']} {size}", work_table(results, on_gpu)]
+    parts.append(study_section(given["works"], on_gpu))
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+if __name__ == "__main__":
+    write_page(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
