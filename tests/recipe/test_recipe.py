@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from toy_recipe import toy_recipe
 
 import layerdistill as ld
 from layerdistill.core.errors import UserError
@@ -338,3 +339,14 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
     recipe = ld.load_recipe(RECIPE)
     with pytest.raises(Exception, match="frozen"):
         recipe.seed = 3
+
+
+def test_a_bare_off_in_yaml_is_the_word(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy_recipe(tmp_path)).replace("teacher:\n", "teacher:\n  cache: off\n"))
+    recipe = load_recipe(path)
+    assert recipe.teacher is not None and recipe.teacher.cache == "off"
+    again = load_recipe(yaml.safe_load(dump_recipe(recipe)), ["teacher.cache=off"])
+    assert again.teacher is not None and again.teacher.cache == "off"
+    with pytest.raises(UserError, match="teacher.cache is True"):
+        load_recipe(path, ["teacher.cache=true"])

@@ -65,6 +65,11 @@ class TeacherConfig(SectionConfig):
     cache_gb: PositiveFloat = 10.0
     """Gigabytes (10^9 bytes) above which `auto` runs the teacher instead."""
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: Any) -> Any:
+        return "off" if given is False else given  # YAML reads a bare off as false
+
     @field_validator("finetune")
     @classmethod
     def _complete_lora(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
