@@ -348,5 +348,5 @@ def test_a_bare_off_in_yaml_is_the_word(tmp_path: Path) -> None:
     assert recipe.teacher is not None and recipe.teacher.cache == "off"
     again = load_recipe(yaml.safe_load(dump_recipe(recipe)), ["teacher.cache=off"])
     assert again.teacher is not None and again.teacher.cache == "off"
-    with pytest.raises(UserError, match="teacher.cache is True"):
+    with pytest.raises(UserError, match=r"teacher\.cache is True"):
         load_recipe(path, ["teacher.cache=true"])
