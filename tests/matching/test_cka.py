@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
-from layerdistill.matching import CkaStatistics, cka_from_statistics, cka_loss, cka_statistics, linear_cka
+from layerdistill.matching import (
+    CkaStatistics,
+    cka_from_statistics,
+    cka_loss,
+    cka_statistics,
+    cka_target,
+    linear_cka,
+)
 from layerdistill.matching.hsic import cheaper_form
 
 from . import references
@@ -145,6 +152,24 @@ def test_equal_wide_sides_are_exactly_aligned_in_float32() -> None:
         assert student.grad is not None
         assert loss.item() == pytest.approx(0, abs=1e-7)
         assert student.grad.abs().max() < 1e-9
+
+
+@both_estimators
+@pytest.mark.parametrize("form", ["feature", "gram"])
+def test_a_shared_target_gives_what_the_teacher_itself_gives(form: str, debiased: bool) -> None:
+    x, y = (side.float() for side in related(30, 12, 8))
+    target = cka_target(y)
+    for scale in (1.0, 3.0):
+        slopes, values = [], []
+        for teacher in (y, target):
+            student = (x * scale).sin().requires_grad_()
+            loss = cka_loss(student, teacher, debiased=debiased, form=form).value
+            slopes.append(torch.autograd.grad(loss, student)[0])
+            values.append(loss.item())
+        assert values[0] == values[1]
+        assert torch.equal(*slopes)
+    with pytest.raises(UserError, match="29 real tokens and the cka_target 30"):
+        cka_loss(x[:29], target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

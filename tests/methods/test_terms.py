@@ -164,6 +164,22 @@ def test_an_average_map_compares_with_the_mean_of_its_group() -> None:
     assert term.needs(START).teacher == refs(1, 2, 3, 4)
 
 
+@pytest.mark.parametrize("method", ["ild", "cka"])
+def test_a_teacher_layer_that_pairs_share_is_prepared_once(method: str) -> None:
+    term = hidden_term(method, layer_map="all_to_one")
+    ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
+    prepare, seen = term.prepare or (lambda rows: rows), []
+    term.prepare = lambda rows: (seen.append(rows.shape), prepare(rows))[1]
+    shared = term(signal(ours), signal(theirs), {}, START)
+    assert len(shared) == 2
+    assert seen == [(int(MASK.sum()), 6)]
+    for layer, targets in term.groups(START):
+        alone = hidden_term(method, layer_map=[[layer.number, targets[0].number]])
+        (name, mean), *rest = alone(signal(ours), signal(theirs), {}, START).items()
+        assert not rest
+        assert mean.value.item() == shared[name].value.item()
+
+
 def test_half_precision_states_are_averaged_in_float32() -> None:
     theirs = {layer: torch.full((3, 5, 6), 256.0 + layer.number).bfloat16() for layer in states(6, 4, 0)}
     ours = {layer: torch.zeros(3, 5, 6) for layer in states(6, 2, 0)}

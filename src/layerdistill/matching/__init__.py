@@ -1,7 +1,14 @@
 """The mathematics: pure functions of tensors that any training loop can use; imports torch and `core` only."""
 
 from layerdistill.matching.angles import angle_null, layer_angles
-from layerdistill.matching.cka import CkaStatistics, cka_from_statistics, cka_loss, cka_statistics, linear_cka
+from layerdistill.matching.cka import (
+    CkaStatistics,
+    cka_from_statistics,
+    cka_loss,
+    cka_statistics,
+    cka_target,
+    linear_cka,
+)
 from layerdistill.matching.hidden import (
     cosine_loss,
     layer_norm_mse,
@@ -39,6 +46,7 @@ __all__ = [
     "cka_from_statistics",
     "cka_loss",
     "cka_statistics",
+    "cka_target",
     "cosine_loss",
     "cross_entropy",
     "direction_distance",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.types import Mean
-from layerdistill.matching.hsic import Form, Reduce, Similarity, cheaper_form, fewest_rows, similarity
+from layerdistill.matching.hsic import Form, Reduce, Side, Similarity, cheaper_form, fewest_rows, similarity
 from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_rows, same_rows
 
 
@@ -36,7 +36,8 @@ def linear_cka(x: Tensor, y: Tensor, mask: Tensor | None = None, debiased: bool 
             f"CKA was asked of {rows_x.shape[0]} real tokens, but needs at least {needed}"
             f"{' (debiased)' if debiased else ''}: use a larger batch, or check the mask (1 on real tokens)."
         )
-    found = similarity(rows_x, rows_y, debiased, _resolve(form, rows_x, rows_y), _alone)
+    sides = Side(rows_x, _alone), Side(rows_y, _alone)
+    found = similarity(rows_x, rows_y, *sides, debiased, _resolve(form, rows_x, rows_y))
     for name, flat in (("x", found.flat_x), ("y", found.flat_y)):
         if bool(flat):
             raise UserError(
@@ -47,9 +48,18 @@ def linear_cka(x: Tensor, y: Tensor, mask: Tensor | None = None, debiased: bool 
 
 
 @in_full_precision
+def cka_target(teacher: Tensor, mask: Tensor | None = None, *, all_reduce: Reduce | None = None) -> Side:
+    """Return what `cka_loss` takes in the place of a teacher that several pairs share: centred and multiplied once.
+
+    Shapes as in `linear_cka`; `all_reduce` as in `cka_loss`, and the same for both.
+    """
+    return Side(real_rows(teacher.detach(), mask), all_reduce or _alone)
+
+
+@in_full_precision
 def cka_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Side,
     mask: Tensor | None = None,
     sqrt: bool = False,
     debiased: bool = False,
@@ -61,7 +71,8 @@ def cka_loss(
 
     The unit is the batch: the count is 1, because the mean of micro-batches' CKAs is not the CKA of their union. The
     count is 0, with a loss and gradient of 0, for fewer than 2 real tokens (4 if debiased) or a side that does not
-    vary; NaN in a real token gives NaN. No gradient reaches the teacher.
+    vary; NaN in a real token gives NaN. No gradient reaches the teacher, which may also be a `cka_target` of the same
+    real tokens (the loss is then computed in its precision).
 
     `sqrt` is the form in the code of Dasgupta & Cohn (ICLR 2025), `1 - |S'T| / sqrt(|S'S| |T'T|)`; it has half the
     gradient near 0 and a larger one beyond CKA = 1/4. Deviations: no 1e-8 is added to the norms (it would make the loss
@@ -85,9 +96,15 @@ def cka_loss(
             "cka_loss was given form='gram' with all_reduce, but the tokens x tokens kernels would need the tokens of "
             "all processes: use form='feature' or 'auto', whose hidden x hidden matrices add up over processes."
         )
-    s, t = _paired(student, teacher.detach(), mask)
-    chosen = _resolve("feature" if all_reduce is not None and form == "auto" else form, s, t)
-    found = similarity(s, t, debiased, chosen, all_reduce or _alone)
+    reduce = all_reduce or _alone
+    if isinstance(teacher, Tensor):
+        s, t = _paired(student, teacher.detach(), mask)
+        target = Side(t, reduce)
+    else:
+        s, target = real_rows(student, mask).to(teacher.rows.dtype), teacher
+        _same_number(s, target)
+    chosen = _resolve("feature" if all_reduce is not None and form == "auto" else form, s, target.rows)
+    found = similarity(s, target.rows, Side(s, reduce), target, debiased, chosen)
     undefined = _undefined(found, fewest_rows(debiased))
     loss = 1 - (_safe_root(found.value) if sqrt else found.value)
     return Mean(
@@ -194,6 +211,14 @@ def cka_from_statistics(stats: CkaStatistics) -> Tensor:
 def _paired(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     same_rows(x, y)
     return in_one_dtype(real_rows(x, mask), real_rows(y, mask))
+
+
+def _same_number(student: Tensor, target: Side) -> None:
+    if student.shape[0] != target.rows.shape[0]:
+        raise UserError(
+            f"the student has {student.shape[0]} real tokens and the cka_target {target.rows.shape[0]}, but they are "
+            "compared token by token: make the target from the same batch and mask."
+        )
 
 
 def _resolve(form: Form, x: Tensor, y: Tensor) -> Form:

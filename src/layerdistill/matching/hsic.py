@@ -1,24 +1,67 @@
-"""The parts of CKA: features centred over all processes, and the inner products of their kernels.
+"""The parts of CKA: features centred over all processes, the inner products of their kernels, and their gradient.
 
-Written so that, when the two sides are equal, value and gradient of the loss are exactly 0: the student's inner product
-with itself is differentiated through one of its two (equal) factors only. That gives half of its gradient by the same
-operations, in the same order, as the gradient of the product with the teacher, and the two cancel to the last bit.
+The gradient is written out, not left to autograd: centred rows and two small matrices are all that is kept of a pair
+until its backward, and a side that many pairs share (`Side`) is centred and multiplied by itself once. When the two
+sides are equal, value and gradient of the loss are exactly 0: the two halves of the gradient come out of the same
+operations, in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Form = Literal["auto", "feature", "gram"]
 """`feature`: hidden x hidden matrices; `gram`: tokens x tokens; `auto`: whichever needs fewer multiply-adds."""
 
 Reduce = Callable[[Tensor], Tensor]
 """A sum over processes, with gradient; the identity when there is one process."""
+
+
+class Side:
+    """The real rows `(rows, hidden)` of one representation, centred over all processes' rows; nothing has a gradient.
+
+    `count` is the number of all processes' rows, `scale` the Frobenius norm of the centred ones (1 where they do not
+    vary, which `flat` says), all 0-d.
+    """
+
+    def __init__(self, rows: Tensor, reduce: Reduce) -> None:
+        self.reduce = reduce
+        self._second_moments: Tensor | None = None
+        self._gram: Tensor | None = None
+        with torch.no_grad():
+            sums = reduce(torch.cat([rows.new_full((1,), rows.shape[0]), rows.sum(0)]))
+            self.count, total = sums[0], sums[1:]
+            mean = total / self.count.clamp(min=1)
+            # The mean is taken twice: the first takes away what all rows share, the second what rounding left of it.
+            self.rows = rows - mean
+            self.rows -= reduce(self.rows.sum(0)) / self.count.clamp(min=1)
+            square = reduce(torch.linalg.vector_norm(self.rows).square())
+            norm, raw = square.sqrt(), (square + self.count * mean.square().sum()).sqrt()
+            self.flat = norm <= torch.finfo(rows.dtype).eps * raw
+            self.scale = torch.where(self.flat, torch.ones_like(norm), norm)
+
+    def second_moments(self) -> Tensor:
+        """Return X'X over all processes, `(hidden, hidden)`, of the rows divided by `scale`; computed once."""
+        # Not functools.cached_property: until Python 3.12 all objects share its lock, and a sum may wait for others.
+        if self._second_moments is None:
+            self._second_moments = cross_moments(self, self)
+        return self._second_moments
+
+    def gram(self) -> Tensor:
+        """Return X X', `(rows, rows)`, of the rows divided by `scale`; computed once."""
+        if self._gram is None:
+            self._gram = (self.rows @ self.rows.T) / self.scale.square()
+        return self._gram
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of `gram`, `(rows,)`."""
+        return self.rows.square().sum(1) / self.scale.square()
 
 
 @dataclass(frozen=True)
@@ -33,10 +76,7 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of the linear kernels K = X X', L = Y Y': `xy` = <K, L>, `xx` = <K, K>, `yy` = <L, L>.
-
-    `xx` and `yy` carry half of their gradient (see the module's docstring), which `similarity` makes up for.
-    """
+    """Inner products of the linear kernels K = X X', L = Y Y': `xy` = <K, L>, `xx` = <K, K>, `yy` = <L, L>."""
 
     xy: Tensor
     xx: Tensor
@@ -53,84 +93,127 @@ def cheaper_form(rows: int, width_x: int, width_y: int) -> Form:
     return "gram" if rows * (width_x + width_y) < width_x**2 + width_y**2 + width_x * width_y else "feature"
 
 
-def similarity(x: Tensor, y: Tensor, debiased: bool, form: Form, reduce: Reduce) -> Similarity:
-    """Return the linear CKA of the rows of `x` `(rows, d_x)` and `y` `(rows, d_y)`, summed over processes by `reduce`.
+def cross_moments(x: Side, y: Side) -> Tensor:
+    """Return Y'X over all processes, `(hidden_y, hidden_x)`, of the rows divided by their `scale`."""
+    return x.reduce(y.rows.T @ x.rows) / (y.scale * x.scale)
 
-    Where it is undefined the value is finite and means nothing. NaN and infinity go through.
+
+def similarity(x: Tensor, y: Tensor, side_x: Side, side_y: Side, debiased: bool, form: Form) -> Similarity:
+    """Return the linear CKA of the rows of `x` `(rows, d_x)` and `y` `(rows, d_y)`, whose sides these are.
+
+    Differentiable in `x` and `y`. Where it is undefined the value is finite and means nothing. NaN and infinity go
+    through.
     """
-    x, y, count, flat_x, flat_y = _centred_and_scaled(x, y, reduce)
-    products = _gram_products(x, y) if form == "gram" else _feature_products(x, y, reduce)
+    flat_x, flat_y = side_x.flat, side_y.flat
+    cross = None if form == "gram" else cross_moments(side_x, side_y)
+    products = _products(side_x, side_y, cross)
     if debiased:
-        corrections = _diagonal_corrections(x, y, count.clamp(min=fewest_rows(True)), reduce)
-        corrected = Products(products.xy + corrections.xy, products.xx + corrections.xx, products.yy + corrections.yy)
+        count = side_x.count.clamp(min=fewest_rows(True))
+        corrected = Products(
+            products.xy + _correction(side_y, side_x, count),
+            products.xx + _correction(side_x, side_x, count),
+            products.yy + _correction(side_y, side_y, count),
+        )
         rounding = 16 * torch.finfo(x.dtype).eps
         flat_x = flat_x | (corrected.xx <= rounding * products.xx)
         flat_y = flat_y | (corrected.yy <= rounding * products.yy)
         products = corrected
-    xx = torch.where(flat_x, torch.ones_like(products.xx), products.xx)
-    yy = torch.where(flat_y, torch.ones_like(products.yy), products.yy)
-    # Equal to xy / sqrt(xx yy). xx and yy, with half of their gradient, stand once where their roots would: that is the
-    # whole gradient. At equality each of the three factors is exactly 1.
-    value = (products.xy / xx) * (yy.detach() / yy) * (xx / yy).detach().sqrt()
-    return Similarity(value, count, flat_x, flat_y)
+    products = Products(
+        products.xy,
+        torch.where(flat_x, torch.ones_like(products.xx), products.xx),
+        torch.where(flat_y, torch.ones_like(products.yy), products.yy),
+    )
+    # Equal to xy / sqrt(xx yy); at equality both factors are exactly 1.
+    value = (products.xy / products.xx) * (products.xx / products.yy).sqrt()
+    pull = _Pull(
+        cross,
+        towards=2 * (products.xx / products.yy).sqrt() / products.xx,
+        back_x=2 * value / products.xx,
+        back_y=2 * value / products.yy,
+        debiased=debiased,
+    )
+    return Similarity(_WithGradient.apply(x, y, value, side_x, side_y, pull), side_x.count, flat_x, flat_y)
 
 
-def _centred_and_scaled(x: Tensor, y: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Centre the columns, divide by the Frobenius norms, and say which side does not vary.
+@dataclass(frozen=True)
+class _Pull:
+    """The gradient of a value V = xy / sqrt(xx yy): dV/dX = `towards` L X - `back_x` K X, and dV/dY likewise.
 
-    The mean is taken twice: the first, without gradient, removes what is common to all rows; the second removes what
-    rounding left of it, and carries the gradient. CKA does not depend on the scale, so the norms carry none.
+    `cross` is Y'X, or None in the `gram` form.
     """
-    widths = [x.shape[1], y.shape[1]]
-    with torch.no_grad():
-        first = reduce(torch.cat([x.new_full((1,), x.shape[0]), x.sum(0), y.sum(0)]))
-        count, first_x, first_y = first.split([1, *widths])
-        count = count.squeeze(0)
-        rows = count.clamp(min=1)
-        raw = torch.stack([x.square().sum(), y.square().sum()])
-    x, y = x - first_x / rows, y - first_y / rows
-    squares = torch.stack([x.detach().square().sum(), y.detach().square().sum()])
-    second = reduce(torch.cat([x.sum(0), y.sum(0), squares, raw]))
-    rest_x, rest_y, squares, raw = second.split([*widths, 2, 2])
-    # A side without a graph must not get one from having travelled in the same tensor as the other side's sums.
-    rest_x = (rest_x if x.requires_grad else rest_x.detach()) / rows
-    rest_y = (rest_y if y.requires_grad else rest_y.detach()) / rows
-    with torch.no_grad():
-        left = torch.stack([rest_x.square().sum(), rest_y.square().sum()])
-        norms = (squares - rows * left).clamp(min=0).sqrt()
-        flat = norms <= torch.finfo(x.dtype).eps * raw.sqrt()
-        scales = torch.where(flat, torch.ones_like(norms), norms)
-    return (x - rest_x) / scales[0], (y - rest_y) / scales[1], count, flat[0], flat[1]
+
+    cross: Tensor | None
+    towards: Tensor
+    back_x: Tensor
+    back_y: Tensor
+    debiased: bool
 
 
-def _feature_products(x: Tensor, y: Tensor, reduce: Reduce) -> Products:
-    return Products(
-        xy=reduce(y.T @ x).square().sum(),
-        xx=reduce(x.detach().T @ x).square().sum(),
-        yy=reduce(y.detach().T @ y).square().sum(),
-    )
+class _WithGradient(torch.autograd.Function):
+    """A value that was computed without a graph, with the gradient of both sides' rows.
+
+    d<K, L>/dX = 2 L X and d<K, K>/dX = 4 K X. Dividing by the norm and centring need no gradient of their own: the
+    value does not depend on the norm, and with centred X and Y the columns of L X and K X add up to 0. Only the
+    debiased form's corrections, which weigh rows, are centred again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, value: Tensor, side_x: Side, side_y: Side, pull: _Pull) -> Tensor:
+        ctx.side_x, ctx.side_y, ctx.pull = side_x, side_y, pull
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, pull = ctx.side_x, ctx.side_y, ctx.pull
+        upstream = x.reduce(upstream)
+        of_x = of_y = None
+        if ctx.needs_input_grad[0]:
+            of_x = _gradient(x, y, pull.cross, upstream * pull.towards, upstream * pull.back_x, pull.debiased)
+        if ctx.needs_input_grad[1]:
+            turned = None if pull.cross is None else pull.cross.T
+            of_y = _gradient(y, x, turned, upstream * pull.towards, upstream * pull.back_y, pull.debiased)
+        return of_x, of_y, None, None, None, None
 
 
-def _gram_products(x: Tensor, y: Tensor) -> Products:
-    gram_x, gram_y = x @ x.T, y @ y.T
-    return Products(
-        xy=(gram_y * gram_x).sum(), xx=(gram_x.detach() * gram_x).sum(), yy=(gram_y.detach() * gram_y).sum()
-    )
+def _gradient(side: Side, other: Side, cross: Tensor | None, towards: Tensor, back: Tensor, debiased: bool) -> Tensor:
+    """Return `towards` L X - `back` K X, `(rows, hidden)`, as a gradient of the rows before division by `scale`.
+
+    X are the rows of `side` after it; `cross` is `(hidden_other, hidden_side)`.
+    """
+    if cross is None:
+        gradient = (other.gram() * (towards / side.scale.square())) @ side.rows
+        gradient -= (side.gram() * (back / side.scale.square())) @ side.rows
+    else:
+        gradient = other.rows @ (cross * (towards / (side.scale * other.scale)))
+        gradient -= side.rows @ (side.second_moments() * (back / (side.scale * side.scale)))
+    if debiased:
+        count = side.count.clamp(min=fewest_rows(True))
+        weights = towards * _correction_slope(other, count) - back * _correction_slope(side, count)
+        gradient += (weights / side.scale.square()).unsqueeze(1) * side.rows
+        gradient -= side.reduce(gradient.sum(0)) / count
+    return gradient
 
 
-def _diagonal_corrections(x: Tensor, y: Tensor, count: Tensor, reduce: Reduce) -> Products:
-    """Return what to add to each product to have n (n - 3) HSIC_1 (Song et al. 2012) of centred features.
+def _products(x: Side, y: Side, cross: Tensor | None) -> Products:
+    if cross is None:
+        return Products((y.gram() * x.gram()).sum(), (x.gram() * x.gram()).sum(), (y.gram() * y.gram()).sum())
+    return Products(cross.square().sum(), x.second_moments().square().sum(), y.second_moments().square().sum())
+
+
+def _correction(x: Side, y: Side, count: Tensor) -> Tensor:
+    """Return what to add to <K, L> to have n (n - 3) HSIC_1 (Song et al. 2012) of centred features.
 
     HSIC_1 replaces the diagonals by 0. With centred columns the row sums of a kernel without its diagonal are minus
     that diagonal, so that the published formula becomes, with k_i = |x_i|^2 and l_i = |y_i|^2,
     <K, L> - n / (n - 2) sum(k_i l_i) + sum(k_i) sum(l_i) / ((n - 1) (n - 2)): no n x n matrix, and sums over rows only.
     """
-    k, l_ = x.square().sum(1), y.square().sum(1)
+    k, l_ = x.diagonal(), y.diagonal()
+    both, only_k, only_l = x.reduce(torch.stack([(k * l_).sum(), k.sum(), l_.sum()])).unbind()
+    return only_k * only_l / ((count - 1) * (count - 2)) - count / (count - 2) * both
 
-    def correction(first: Tensor, second: Tensor) -> Tensor:
-        both, only_first, only_second = reduce(
-            torch.stack([(first * second).sum(), first.sum(), second.sum()])
-        ).unbind()
-        return only_first * only_second / ((count - 1) * (count - 2)) - count / (count - 2) * both
 
-    return Products(xy=correction(l_, k), xx=correction(k.detach(), k), yy=correction(l_.detach(), l_))
+def _correction_slope(other: Side, count: Tensor) -> Tensor:
+    """Return the derivative of the correction with respect to the other side's k_i, `(rows,)`."""
+    total = other.reduce(other.diagonal().sum())
+    return total / ((count - 1) * (count - 2)) - count / (count - 2) * other.diagonal()

@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from layerdistill.core.types import Mean, Pair, RunContext, Stage, StagePreview
-from layerdistill.matching import cka_loss
+from layerdistill.matching import cka_loss, cka_target
+from layerdistill.matching.hsic import Side
 from layerdistill.methods.distributed import differentiable_sum
 from layerdistill.methods.hidden_term import HiddenTerm
 from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
@@ -34,11 +35,15 @@ class CkaDistance:
         self.form = form
         self.debiased = debiased
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Mean:
-        """Return the loss of one pair of `(batch, seq, hidden)` states."""
+    def __call__(self, student: Tensor, teacher: Side, mask: Tensor | None) -> Mean:
+        """Return the loss of one pair, from the student's rows `(tokens, hidden)` and what `prepare` returned."""
         return cka_loss(
             student, teacher, mask, sqrt=self.form == "sqrt", debiased=self.debiased, all_reduce=differentiable_sum()
         )
+
+    def prepare(self, teacher: Tensor) -> Side:
+        """Return the teacher's side of all pairs that share these rows, `(tokens, hidden)`."""
+        return cka_target(teacher, all_reduce=differentiable_sum())
 
 
 class CentredKernelAlignment:
@@ -59,7 +64,12 @@ class CentredKernelAlignment:
         """One stage with the task, logits and hidden terms."""
         distance = CkaDistance(config.form, config.debiased)
         hidden = HiddenTerm(
-            build_maps(config, pair), distance, config.weights.hidden, reduce=config.reduce, whole_batch=True
+            build_maps(config, pair),
+            distance,
+            config.weights.hidden,
+            reduce=config.reduce,
+            whole_batch=True,
+            prepare=distance.prepare,
         )
         yield Stage("distill", pair.student, nn.ModuleList([*prediction_terms(config, pair), hidden]))
 

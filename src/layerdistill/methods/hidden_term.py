@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from layerdistill.core.types import Batch, LayerRef, Mean, Needs, Progress, Sign
 from layerdistill.matching import LayerMap, Projections
 from layerdistill.matching.filters import Filters
 
-Distance = Callable[[Tensor, Tensor, Tensor], Mean]
-"""A function of the student's states, the teacher's, each `(batch, seq, hidden)`, and the mask `(batch, seq)`."""
+Distance = Callable[[Tensor, Any, Tensor | None], Mean]
+"""A function of the student's rows and the teacher's, `(tokens, hidden)`, and a mask `(tokens,)` or None: all count."""
 
 
 class HiddenTerm(nn.Module):
@@ -37,11 +37,13 @@ class HiddenTerm(nn.Module):
         teacher_filters: Mapping[StackName, Filters] | None = None,
         padding: bool = False,
         sees_padding: bool = False,
+        prepare: Callable[[Tensor], Any] | None = None,
     ) -> None:
         """`whole_batch` says that the distance is one number per batch (CKA), not a sum over tokens.
 
         `padding` says that padding is compared too, like any token; `sees_padding` that the distance is given padding
-        together with the mask, and makes of it what it will.
+        together with the mask, and makes of it what it will. `prepare` makes of the teacher's rows what the distance
+        takes in their place; it is called once for all student layers that are matched with the same teacher layers.
         """
         super().__init__()
         self.maps = list(maps)
@@ -54,6 +56,7 @@ class HiddenTerm(nn.Module):
         self.whole_batch = whole_batch
         self.padding = padding
         self.sees_padding = sees_padding
+        self.prepare = prepare
 
     def groups(self, progress: Progress) -> list[tuple[LayerRef, tuple[LayerRef, ...]]]:
         """Return the matched layers at this point of training."""
@@ -80,23 +83,48 @@ class HiddenTerm(nn.Module):
     def forward(self, student: Signal, teacher: Signal | None, batch: Batch, progress: Progress) -> dict[str, Mean]:
         """Return one mean per matched student layer."""
         assert teacher is not None, "the trainer runs the teacher because needs() asks for its layers"
-        means = {}
+        means: dict[str, Mean] = {}
+        rows = {stack: self._rows(mask) for stack, mask in student.masks.items()}
+        prepared: dict[tuple[LayerRef, ...], Any] = {}
         for layer, targets in self.groups(progress):
-            ours, mask = student.hidden[layer], student.masks[layer.stack]
-            if self.padding:
-                mask = torch.ones_like(mask)
-            theirs = [teacher.hidden[target] for target in targets]
+            chosen, mask = rows[layer.stack]
+            ours = take_rows(student.hidden[layer], chosen)
             if self.projections:
-                # Only real tokens enter the map: padding's gradient of 0 times a NaN in its state would be NaN.
-                kept = torch.ones_like(mask).bool() if self.sees_padding else mask.bool()
-                ours = self.projections[layer.stack or "only"](layer, ours[kept])
-                theirs, mask = [state[kept] for state in theirs], mask[kept]
-            if self.teacher_filters:
-                filters = self.teacher_filters[layer.stack or "only"]
-                with torch.no_grad():
-                    theirs = [filters(target, state) for target, state in zip(targets, theirs, strict=True)]
-            means[pair_name(layer, targets)] = self.distance(ours, average_states(theirs), mask)
+                ours = self.projections[layer.stack or "only"](layer, ours)
+            if targets not in prepared:
+                prepared[targets] = self._teacher_side(teacher, layer.stack, targets, chosen)
+            means[pair_name(layer, targets)] = self.distance(ours, prepared[targets], mask)
         return means
+
+    def _rows(self, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return which rows are compared (None: all), and the mask that the distance is given with them.
+
+        Rows are chosen once for all pairs, because to count them a host waits for its accelerator; and before anything
+        is computed from them, because padding's gradient of 0 times a NaN in its state would be NaN.
+        """
+        if self.sees_padding:
+            return None, mask.reshape(-1)
+        if self.padding:
+            return None, None
+        chosen = mask.reshape(-1).ne(0).nonzero().squeeze(1)
+        return (None if chosen.shape[0] == mask.numel() else chosen), None
+
+    def _teacher_side(
+        self, teacher: Signal, stack: StackName, targets: tuple[LayerRef, ...], chosen: Tensor | None
+    ) -> Any:
+        theirs = [take_rows(teacher.hidden[target], chosen) for target in targets]
+        if self.teacher_filters:
+            filters = self.teacher_filters[stack or "only"]
+            with torch.no_grad():
+                theirs = [filters(target, state) for target, state in zip(targets, theirs, strict=True)]
+        averaged = average_states(theirs)
+        return self.prepare(averaged) if self.prepare else averaged
+
+
+def take_rows(states: Tensor, chosen: Tensor | None) -> Tensor:
+    """Return the rows `(tokens, hidden)` of `(batch, seq, hidden)` with the numbers `chosen`, or all for None."""
+    flat = states.reshape(-1, states.shape[-1])
+    return flat if chosen is None else flat.index_select(0, chosen.to(flat.device))
 
 
 def pair_name(student: LayerRef, teachers: Sequence[LayerRef]) -> str:
@@ -107,7 +135,7 @@ def pair_name(student: LayerRef, teachers: Sequence[LayerRef]) -> str:
 
 
 def average_states(states: Sequence[Tensor]) -> Tensor:
-    """Return the mean of `(batch, seq, hidden)` states in float32 (one state is returned as it is)."""
+    """Return the mean of states of one shape in float32 (one state is returned as it is)."""
     if len(states) == 1:
         return states[0]
     return torch.stack([state.float() for state in states]).mean(dim=0)

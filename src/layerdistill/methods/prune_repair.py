@@ -145,7 +145,7 @@ class SummedKl(nn.Module):
         return {self.name: Mean(total / PAPER_DIVISOR, total.new_ones(()))}
 
 
-def mse_of_batch(student: Tensor, teacher: Tensor, mask: Tensor) -> Mean:
+def mse_of_batch(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Mean:
     """Return the squared difference averaged over a micro-batch's tokens and the hidden axis, as one number of it."""
     value = masked_mse(student, teacher, mask).value
     return Mean(value, value.new_ones(()))

@@ -129,7 +129,7 @@ def distill_stage(pair: Pair, config: TedConfig, maps: Sequence[LayerMap], filte
     return Stage("distill", pair.student, nn.ModuleList(terms))
 
 
-def mean_of_batch(distance: Any, student: Tensor, teacher: Tensor, mask: Tensor) -> Mean:
+def mean_of_batch(distance: Any, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Mean:
     """Return a distance as one number per batch: with padding counted there is no count of tokens to divide by."""
     value = distance(student, teacher, mask).value
     return Mean(value, torch.ones_like(value))
