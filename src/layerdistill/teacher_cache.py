@@ -80,10 +80,13 @@ class StageTeachers:
         self.opened: CacheFolder | None = None
 
     def refuse_early(self, needs: Needs) -> None:
-        """Raise UserError for a cache that was made for something else or, where it may only be read, lacks `needs`."""
-        if self.live is None or self.config is None or self.config.mode not in ("fill", "require"):
+        """Raise UserError for a cache that was made for something else or, where it may only be read, lacks `needs`.
+
+        `auto` has none to refuse unless its folder was named.
+        """
+        if self.live is None or self.config is None or self.config.mode == "off":
             return
-        if needs.teacher_at_all:
+        if needs.teacher_at_all and (self.config.mode != "auto" or self.config.folder is not None):
             cached = CachedTeacher(self.live, self.open(), self.language_model)
             if self.config.mode == "require" and not cached.folder.complete(cached.names(needs)):
                 raise UserError(self.nothing_cached(cached, needs))
@@ -101,6 +104,8 @@ class StageTeachers:
         assert self.live is not None and self.config is not None, "of() has seen to it"
         if not needs.teacher_at_all:
             return self.live
+        if self.config.folder is not None:
+            self.open()
         try:
             cached = self.cached(needs, epochs)
         except UserError as error:

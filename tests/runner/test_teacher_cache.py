@@ -139,7 +139,7 @@ def test_plan_quotes_the_size_within_five_per_cent(method: str, dtype: str, tmp_
         ({"order": True}, r"made for something else: data \('"),
     ],
 )
-@pytest.mark.parametrize("cache", ["fill", "require"])
+@pytest.mark.parametrize("cache", ["auto", "fill", "require"])
 def test_a_cache_of_something_else_is_refused_and_named(
     cache: str, change: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
@@ -185,15 +185,30 @@ def test_a_recipe_that_names_no_folder_is_told_the_nearest_cache(
         run(recipe)
 
 
-def test_a_broken_cache_is_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["auto", "fill"])
+def test_a_broken_cache_is_refused_before_training(cache: str, tmp_path: Path) -> None:
     folder = fill_cache(load_recipe(recipe_of(tmp_path)), SAID)
+    break_a_shard(folder)
+    with pytest.raises(UserError, match="has changed since it was written"):
+        run(recipe_of(tmp_path, cache=cache))
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_auto_goes_on_without_a_broken_cache_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERDISTILL_HOME", str(tmp_path / "home"))
+    recipe = recipe_of(tmp_path, cache="auto", cache_folder=None)
+    break_a_shard(fill_cache(load_recipe(recipe), SAID))
+    console = Console(record=True, width=400, file=(tmp_path / "said").open("w"))
+    run(recipe, console=console)
+    assert "The teacher is not cached: The shard" in console.export_text()
+    assert (tmp_path / "run" / "student").exists()
+
+
+def break_a_shard(folder: Path) -> None:
     shard = next(folder.glob("*.safetensors"))
     whole = bytearray(shard.read_bytes())
     whole[len(whole) // 2] ^= 1
     shard.write_bytes(whole)
-    with pytest.raises(UserError, match="has changed since it was written"):
-        run(recipe_of(tmp_path))
-    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_a_disk_that_is_too_small_is_refused_with_advice_and_auto_goes_on(
