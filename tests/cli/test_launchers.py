@@ -25,6 +25,8 @@ LAUNCHERS = {
     ],
 }  # fmt: skip
 """`torchrun` and `accelerate launch`, as modules so that they are those of this environment."""
+TEACHERS = {"torchrun": [], "accelerate": ["--set", "teacher.cache=fill", "--set", "teacher.cache_dtype=float32"]}
+"""The teacher at every step, and one that the two processes asked beforehand, each about its share of the examples."""
 
 
 def launch(launcher: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,11 +51,16 @@ def test_both_launchers_give_the_student_of_a_single_process(tmp_path: Path) -> 
     # 2 x 4 examples, where the single process has 8.
     halved = ["train", str(file), "--set", "training.per_device_train_batch_size=4", "--set"]
     for launcher in LAUNCHERS:
-        done = launch(launcher, home, *halved, f"output={tmp_path / launcher}")
+        done = launch(launcher, home, *halved, f"output={tmp_path / launcher}", *TEACHERS[launcher])
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("The student is in") == 1, "the main process alone prints"
         teachers = [path for path in (home / "teachers").iterdir() if path.is_dir() and path.suffix != ".work"]
         assert len(teachers) == 1, "one teacher, also after the second run, and nothing half written beside it"
+
+    (manifest,) = (home / "cache").glob("*/manifest.json")
+    shares = [shard["examples"] for shard in json.loads(manifest.read_text())["content"]["shards"]]
+    examples = len((tmp_path / "data" / "train.jsonl").read_text().splitlines())
+    assert len(shares) == 2 and sum(shares) == examples and min(shares) > examples / 4, "each process filled its share"
 
     single = run({**recipe, "teacher": {"model": str(teachers[0])}}, console=Console(quiet=True))
     expected = load_file(single.student / "model.safetensors")

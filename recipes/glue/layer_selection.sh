@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Six ways to choose teacher layers, from two starts, on STS-B at 3 x 192: layer_selection.sh [SEED...]
+# Run it from the project's folder; what is finished is not run again.
+set -euo pipefail
+
+run() { # student's start, arm, method section
+  layerdistill train recipes/glue/stsb.yaml --set "method={$3}" --set "seed=$seed" \
+    --set "student={num_blocks: 3, hidden_size: 192, init: $1}" --set "output=runs/selection/$1/$2-$seed"
+}
+
+for seed in "${@:-13}"; do
+  for start in truncate random; do
+    run "$start" none 'name: none'
+    run "$start" kd 'name: kd'
+    for map in forward reverse all_to_one random in_order_random; do
+      run "$start" "$map" "name: ild, layer_map: $map"
+    done
+  done
+done
