@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from task_recipes import task_recipe
 from toy_recipe import WORDS, toy_recipe, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -24,6 +25,7 @@ from layerdistill.prepare import prepare
 from layerdistill.recipe import load_recipe
 from layerdistill.runner import run
 from layerdistill.signals import LiveTeacher
+from layerdistill.train.trainer import StageTrainer
 
 QUIET = Console(quiet=True)
 LOST = ("w7", "w11", "w30")
@@ -145,6 +147,29 @@ def test_other_training_data_do_not_change_how_a_finished_student_reads(tmp_path
     assert (folder / "diagnose.json").exists()
     with pytest.raises(UserError, match=r"trimmed vocabulary of .* tokens"):
         diagnose(result.folder, ["data.max_train_examples=3"], parts="similarity", console=QUIET)
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = trimmed_recipe(tmp_path, "causal-lm", "ild", num_blocks=1)
+    recipe["training"] |= {"max_steps": 6, "save_steps": 2}
+    whole = run({**recipe, "output": str(tmp_path / "whole")}, console=QUIET)
+    really, steps = StageTrainer.compute_loss, []
+
+    def stop_at_the_fourth(self: StageTrainer, *args: Any, **given: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 4:
+            raise MemoryError("the machine went down")
+        return really(self, *args, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "compute_loss", stop_at_the_fourth)
+        with pytest.raises(MemoryError):
+            run(recipe, console=QUIET)
+    result = run(recipe, console=QUIET)
+    ours, theirs = (load_file(done.student / "model.safetensors") for done in (result, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert result.metrics == whole.metrics
 
 
 def test_plan_says_what_is_kept(tmp_path: Path) -> None:
