@@ -23,7 +23,7 @@ from torch import nn
 import benchmarks.image_operators  # noqa: F401  before anything that imports transformers
 from benchmarks.arms.table import Arm, find_arm
 from benchmarks.memory import Memory
-from benchmarks.setting import Setting, Stop
+from benchmarks.setting import Running, Setting, Stop
 from benchmarks.works import WORKS, Collate, make_examples, tiny
 
 
@@ -49,10 +49,12 @@ class Channel:
 class Blocks:
     """Counts optimisation steps: after the warm-up, and after each block, it answers and waits."""
 
-    def __init__(self, channel: Channel, memory: Memory, collate: Collate, warmup: int, ready: dict[str, Any]) -> None:
-        self.channel, self.memory, self.collate, self.ready = channel, memory, collate, ready
+    def __init__(
+        self, running: Running, channel: Channel, memory: Memory, collate: Collate, warmup: int, ready: dict[str, Any]
+    ) -> None:
+        self.running, self.channel, self.memory, self.collate, self.ready = running, channel, memory, collate, ready
         self.left, self.size = warmup, 0
-        self.began: tuple[float, float, int, int] | None = None
+        self.began: dict[str, float] | None = None
 
     def __call__(self) -> None:
         """Count a step; at the end of a block answer, and wait for the next command."""
@@ -63,13 +65,17 @@ class Blocks:
         self.channel.say(self.ready if self.began is None else self.block(self.began))
         self.left = self.size = self.channel.command()
         self.memory.forget_peak()
-        self.began = (time.perf_counter(), time.process_time(), self.collate.real, self.collate.positions)
+        self.began = self.clocks()
 
-    def block(self, began: tuple[float, float, int, int]) -> dict[str, Any]:
+    def clocks(self) -> dict[str, float]:
+        """Return what grows with the steps: seconds, tokens, and the seconds of parts where an arm counts them."""
+        now = {"wall": time.perf_counter(), "cpu": time.process_time()}
+        parts = {f"cpu of {name}": seconds for name, seconds in getattr(self.running, "parts", {}).items()}
+        return {**now, "tokens": self.collate.real, "positions": self.collate.positions, **parts}
+
+    def block(self, began: dict[str, float]) -> dict[str, Any]:
         """Return what the block took: seconds, bytes at the peak, and tokens."""
-        now = (time.perf_counter(), time.process_time(), self.collate.real, self.collate.positions)
-        names = ("wall", "cpu", "tokens", "positions")
-        taken = {name: after - before for name, before, after in zip(names, began, now, strict=True)}
+        taken = {name: now - began[name] for name, now in self.clocks().items()}
         return {**taken, "steps": self.size, "peak": self.memory.peak()}
 
 
@@ -123,7 +129,7 @@ def main() -> None:
             step_done = one_step
         else:
             ready = {"base": memory.now(), "versions": versions(arm), "device": memory.device_name()}
-            step_done = Blocks(channel, memory, collate, given.warmup, ready)
+            step_done = Blocks(running, channel, memory, collate, given.warmup, ready)
         with suppress(Stop):
             running.train(step_done)
         if given.check:

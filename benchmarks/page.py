@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.arms.table import FLOOR, REFERENCE
 from benchmarks.summary import (
+    PLAIN,
     STUDY_BATCH,
     STUDY_EPOCHS,
     STUDY_EXAMPLES,
@@ -20,12 +21,14 @@ from benchmarks.summary import (
     Ratio,
     Results,
     disagreements,
+    hidden_share,
     not_the_students,
     peak_over_base,
     per_step,
     positions_per_step,
     ratio,
     study_seconds,
+    teachers_share,
 )
 
 HOW = f"""Every arm runs in a process of its own, the tools compared with in an environment of their own (installed by
@@ -35,12 +38,16 @@ median over rounds and, in brackets, the smallest and the largest. Memory is the
 use when models and data were loaded, optimizer states and all. **R0** is the {REFERENCE.name}: the teacher in float32
 under `no_grad` with `output_hidden_states=True` at every step, shuffled batches, dynamic padding, `torch.optim.AdamW`.
 The **{FLOOR.name}** is the same loop with the teacher's outputs in memory: the student's own forward, backward and
-optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor. "Positions" are those
-of a step's batch on average, padding too: where texts of similar length come together there are fewer, and blocks
-differ more from one another.
+optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor, "teacher" the share in
+which the teacher is run or, from a cache, read. "Positions" are those of a step's batch on average, padding too: where
+texts of similar length come together there are fewer, and blocks differ more from one another.
 
 Before anything is timed, every arm does one step without dropout on the same first batch, and its loss terms are
 compared with R0's; the column on the right says where they differ, and why."""
+
+
+HIDDEN_WORKS = ("W1", "W2", "W4-cosine")
+HIDDEN_ARMS = (REFERENCE.name, "layerdistill, cached")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,6 +82,11 @@ def remarks(results: Results, name: str) -> str:
     return "; ".join([first, *note])
 
 
+def percent(share: float | None) -> str:
+    """Return a share for a cell."""
+    return "" if share is None else f"{share:.1%}"
+
+
 def work_table(results: Results, on_gpu: bool) -> str:
     """Return one work's table; on a GPU the time on the wall is what counts."""
     clock = "wall" if on_gpu else "cpu"
@@ -89,11 +101,11 @@ def work_table(results: Results, on_gpu: bool) -> str:
             "" if positions is None else f"{positions:,.0f}",
             "" if peak is None else f"{peak / 1e6:,.0f}",
             "" if peak is None or not reference else f"{peak / reference:.2f}",
-            "" if share is None else f"{share:.0%}", remarks(results, name),
+            "" if share is None else f"{share:.0%}", percent(teachers_share(result)), remarks(results, name),
         ])  # fmt: skip
     head = [
         "arm", "CPU ms", "CPU / R0", "wall ms", "wall / R0", "positions", "MB over base", "/ R0",
-        "not the student's own", "",
+        "not the student's own", "teacher", "",
     ]  # fmt: skip
     return table(head, rows)
 
@@ -123,6 +135,23 @@ of filling it and all later ones, of every method and seed, that of reading it.
     return text + table(["way", f"hours ({'wall' if on_gpu else 'process CPU'})", "/ R0", ""], rows)
 
 
+def hidden_section(works: Mapping[str, Results]) -> str:
+    """Return the section on what hidden terms cost, empty where the work without them was not measured."""
+    shares = {
+        (work, arm): hidden_share(works, work, arm) for work in works for arm in HIDDEN_ARMS if work in HIDDEN_WORKS
+    }
+    rows = [[work, arm, percent(share), ""] for (work, arm), share in shares.items() if share is not None]
+    if not rows:
+        return ""
+    text = f"""## What hidden terms cost
+
+The share of a step that the same arm does not take on {PLAIN}, which has no hidden terms: computing them and their
+gradient, projections and their optimizer, and reading or running what they need of the teacher.
+
+"""
+    return text + table(["work", "arm", "share of the step", ""], rows)
+
+
 def measured_on(given: Mapping[str, Any]) -> str:
     """Return the list of machine, versions and settings."""
     machine = given["machine"]
@@ -149,6 +178,7 @@ def write_page(given: Mapping[str, Any], path: Path) -> None:
         about = given["about"][name]
         size = f"{given['rounds']} rounds of blocks of {about['steps']} steps."
         parts += [f"## {name}: {about['title']}", f"{about['words']} {size}", work_table(results, on_gpu)]
+    parts.append(hidden_section(given["works"]))
     parts.append(study_section(given["works"], on_gpu))
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
 

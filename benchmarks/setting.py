@@ -34,7 +34,7 @@ class Running(Protocol):
     """An arm with its models loaded.
 
     `losses` holds the terms of the last step by the names `task`, `logits` and `hidden`, without weights; `student` is
-    the module that is trained.
+    the module that is trained. An arm may have `parts`: the processor seconds of named parts of its steps so far.
     """
 
     student: Any

@@ -60,6 +60,24 @@ def not_the_students(results: Results, name: str, clock: str) -> float | None:
     return max(0.0, 1 - floor.middle / ours.middle)
 
 
+def teachers_share(result: Mapping[str, Any]) -> float | None:
+    """Return the share of a step's processor time in which the teacher was run or read; None for an arm unmeasured."""
+    found = [block["cpu of teacher"] / block["cpu"] for block in result["blocks"] if "cpu of teacher" in block]
+    return median(found) if found and "failed" not in result else None
+
+
+PLAIN = "W4-kd"
+"""The work that has no hidden terms and is else that of W1 and W2."""
+
+
+def hidden_share(works: Mapping[str, Results], work: str, arm: str) -> float | None:
+    """Return the share of an arm's step on a work that it does not take without hidden terms; None if not measured."""
+    steps = [per_step(works[name][arm], "cpu") if arm in works.get(name, {}) else None for name in (work, PLAIN)]
+    if steps[0] is None or steps[1] is None:
+        return None
+    return 1 - steps[1] / steps[0]
+
+
 def disagreements(results: Results, name: str) -> list[str]:
     """Return the first losses of an arm that differ from the reference's by more than its tolerance, in words."""
     ours, reference = results[name].get("losses", {}), results.get(REFERENCE.name, {}).get("losses", {})

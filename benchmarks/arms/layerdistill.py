@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -31,6 +32,20 @@ def method_of(work: Work) -> dict[str, Any]:
     return {"name": "cka", **method} if work.hidden == "cka" else {"name": "ild", "distance": work.hidden, **method}
 
 
+class Timed:
+    """A teacher source whose processor time is counted."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.model, self.seconds = source, source.model, 0.0
+
+    def signal(self, batch: Any, needs: Needs) -> Signal:
+        """Return what the source says."""
+        began = time.process_time()
+        found = self.source.signal(batch, needs)
+        self.seconds += time.process_time() - began
+        return found
+
+
 class Live:
     """The teacher run at every step, everything at its default."""
 
@@ -46,6 +61,7 @@ class Live:
             data_collator=setting.collate,
             cache=self.make_cache(setting),
         )
+        self.trainer.teacher_source = self.teacher = Timed(self.make_source(setting, self.trainer.teacher_source))
         self.start_projections()
 
     def make_teacher(self) -> Any:
@@ -55,6 +71,15 @@ class Live:
     def make_cache(self, setting: Setting) -> ld.CacheConfig | None:
         """Return where what the teacher says is kept, None to run it at every step."""
         return None
+
+    def make_source(self, setting: Setting, found: Any) -> Any:
+        """Return what says what the teacher says, the trainer's own unless it is to be another."""
+        return found
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The processor seconds of parts of the steps since the start."""
+        return {"teacher": self.teacher.seconds}
 
     def start_projections(self) -> None:
         """Begin with the projections that every arm begins with."""
@@ -99,12 +124,11 @@ class Cached(BestLive):
 class FirstPass(BestLive):
     """The pass that fills the cache: the teacher is run on every batch, and what it says is kept."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        live = self.trainer.teacher_source
+    def make_source(self, setting: Setting, found: Any) -> Any:
+        """Return a source that keeps what the live one says."""
         folder = CacheFolder(setting.folder / "cache", {"teacher": "the work's"}, "bfloat16")
         folder.prepare()
-        self.trainer.teacher_source = Keeping(CachedTeacher(live, folder, self.work.family == "gpt2"))
+        return Keeping(CachedTeacher(found, folder, self.work.family == "gpt2"))
 
 
 class Keeping:
