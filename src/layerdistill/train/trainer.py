@@ -26,6 +26,7 @@ from layerdistill.matching.task_loss import task_loss
 from layerdistill.models import has_own_code, write_own_code
 from layerdistill.signals import student_signal
 from layerdistill.train.arguments import explained_arguments
+from layerdistill.train.compiled_blocks import compiled_blocks, no_compiler
 from layerdistill.train.composite import Composite, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS
 from layerdistill.train.fused_predictions import fused_predictions
@@ -68,9 +69,10 @@ class StageTrainer(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
+        self.accelerator.state.dynamo_plugin = no_compiler()
         gradient_steps = getattr(args, "term_gradient_steps", TERM_GRADIENT_STEPS)
-        # FSDP and DeepSpeed put weights together only while their own module runs; a compiler cannot see into the loss.
-        if fuse and not (self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile):
+        # FSDP and DeepSpeed put weights together only while their own module runs.
+        if fuse and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.composite.fused = fused_predictions(stage.student, self.teacher_source, task)
         self.term_log = TermLog(stage.terms, gradient_steps)
         self.label_names = ["labels"]
@@ -84,6 +86,11 @@ class StageTrainer(Trainer):
     def progress(self) -> Progress:
         """Where training stands, from the state that checkpoints hold."""
         return Progress(epoch=int(self.state.epoch or 0), step=self.state.global_step)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as transformers does, with the student's blocks compiled where `torch_compile` says so."""
+        with compiled_blocks(self.stage.student, self.args, self.composite.needs(self.progress)):
+            return super().train(*args, **options)
 
     # Loss
 

@@ -1,0 +1,58 @@
+"""`torch_compile`: blocks are compiled, hooks and losses see what they see without it, and nothing stays behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch._dynamo.utils import counters
+from toy import ToyCollator, toy_dataset
+
+import layerdistill as ld
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Needs, Tap
+from layerdistill.models import find_stacks
+from layerdistill.train.compiled_blocks import compiled_blocks
+
+
+def trained(folder: Path, task: str, method: str, **training: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A student after three steps on batches of several lengths, and its weights."""
+    family = "gpt2" if task == "causal-lm" else "bert"
+    student, teacher = (tiny_model(family, task, num_layers=blocks, hidden_size=16, seed=blocks) for blocks in (2, 4))
+    args = ld.LayerDistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, save_strategy="no",
+        use_cpu=True, disable_tqdm=True, **training,
+    )  # fmt: skip
+    trainer = ld.LayerDistillationTrainer(
+        student, teacher, method, args, toy_dataset(task, size=16), data_collator=ToyCollator(task)
+    )
+    trainer.train()
+    return student, {name: tensor.clone() for name, tensor in student.state_dict().items()}
+
+
+@pytest.mark.parametrize(("task", "method"), [("sequence-classification", "cka"), ("causal-lm", "ild")])
+def test_compiled_blocks_train_the_same_student(task: str, method: str, tmp_path: Path) -> None:
+    _, plain = trained(tmp_path / "plain", task, method)
+    torch.compiler.reset()
+    counters.clear()
+    # The backend that runs the traced operations as they are: no compiler is needed, and not a bit changes.
+    student, compiled = trained(tmp_path / "compiled", task, method, torch_compile_backend="eager")
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"], "a block is one graph"
+    assert compiled.keys() == plain.keys()
+    assert all(torch.equal(compiled[name], plain[name]) for name in plain)
+    assert all("forward" not in vars(block) for stack in find_stacks(student).values() for block in stack.blocks)
+
+
+def test_a_method_that_reads_inside_blocks_is_refused(tmp_path: Path) -> None:
+    student = tiny_model("bert", "sequence-classification")
+    args = ld.LayerDistillationConfig(output_dir=str(tmp_path), use_cpu=True, torch_compile_backend="eager")
+    needs = Needs(student_taps=frozenset({Tap("bert.encoder.layer.0.attention.self.query", "input")}))
+    with (
+        pytest.raises(UserError, match="reads the inputs or outputs of modules inside the student's blocks"),
+        compiled_blocks(student, args, needs),
+    ):
+        pytest.fail("nothing is to be trained")
