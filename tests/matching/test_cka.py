@@ -154,6 +154,34 @@ def test_equal_wide_sides_are_exactly_aligned_in_float32() -> None:
         assert student.grad.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("form", ["feature", "gram"])
+def test_autocast_rounds_what_is_multiplied_and_no_more(form: str) -> None:
+    x, y = (side.float() for side in related(400, 96, 64))
+    slopes, values = [], []
+    for autocast in (False, True):
+        student = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = cka_loss(student, y, form=form).value
+            shared = cka_loss(student, cka_target(y), form=form).value
+        assert loss.item() == shared.item()
+        slopes.append(torch.autograd.grad(loss, student)[0])
+        values.append(loss.item())
+    assert values[0] != values[1]
+    assert values[1] == pytest.approx(values[0], abs=1e-3)
+    assert slopes[1].dtype == torch.float32
+    assert (slopes[1] - slopes[0]).norm() < 0.01 * slopes[0].norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        equal = x.clone().requires_grad_()
+        loss = cka_loss(equal, x, form=form).value
+        loss.backward()
+        assert loss.item() == 0
+        assert equal.grad is not None
+        assert not equal.grad.any()
+        assert cka_loss(x, y, debiased=True, form=form).value.item() == pytest.approx(
+            cka_loss(x.double(), y.double(), debiased=True).value.item(), abs=2e-6
+        )
+
+
 @both_estimators
 @pytest.mark.parametrize("form", ["feature", "gram"])
 def test_a_shared_target_gives_what_the_teacher_itself_gives(form: str, debiased: bool) -> None:

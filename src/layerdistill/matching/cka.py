@@ -10,7 +10,14 @@ from torch import Tensor
 from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.types import Mean
 from layerdistill.matching.hsic import Form, Reduce, Side, Similarity, cheaper_form, fewest_rows, similarity
-from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_rows, same_rows
+from layerdistill.matching.rows import (
+    autocast_dtype,
+    full_precision,
+    in_full_precision,
+    in_one_dtype,
+    real_rows,
+    same_rows,
+)
 
 
 @in_full_precision
@@ -47,16 +54,18 @@ def linear_cka(x: Tensor, y: Tensor, mask: Tensor | None = None, debiased: bool 
     return found.value
 
 
-@in_full_precision
-def cka_target(teacher: Tensor, mask: Tensor | None = None, *, all_reduce: Reduce | None = None) -> Side:
+def cka_target(
+    teacher: Tensor, mask: Tensor | None = None, debiased: bool = False, *, all_reduce: Reduce | None = None
+) -> Side:
     """Return what `cka_loss` takes in the place of a teacher that several pairs share: centred and multiplied once.
 
-    Shapes as in `linear_cka`; `all_reduce` as in `cka_loss`, and the same for both.
+    Shapes as in `linear_cka`; `debiased` and `all_reduce` as in `cka_loss`, and the same for both.
     """
-    return Side(real_rows(teacher.detach(), mask), all_reduce or _alone)
+    factors = None if debiased else _factor_dtype(teacher)
+    with full_precision(teacher):
+        return Side(real_rows(teacher.detach(), mask), all_reduce or _alone, factors)
 
 
-@in_full_precision
 def cka_loss(
     student: Tensor,
     teacher: Tensor | Side,
@@ -76,7 +85,9 @@ def cka_loss(
 
     `sqrt` is the form in the code of Dasgupta & Cohn (ICLR 2025), `1 - |S'T| / sqrt(|S'S| |T'T|)`; it has half the
     gradient near 0 and a larger one beyond CKA = 1/4. Deviations: no 1e-8 is added to the norms (it would make the loss
-    depend on the features' scale), and it is computed in the inputs' precision (float32 at least), not in float64.
+    depend on the features' scale), and it is computed in the inputs' precision (float32 at least), not in float64;
+    under autocast to bfloat16 the centred rows are rounded to it before they are multiplied, as a model's own matrix
+    products are (not with `debiased`, which takes differences of what they add up to). Means, norms and sums are not.
 
     With `all_reduce` the loss is that of all processes' tokens together. It must return the sum of a tensor over
     processes, and its backward the sum of the gradients, as `torch.distributed.nn.functional.all_reduce` does. Each
@@ -96,21 +107,35 @@ def cka_loss(
             "cka_loss was given form='gram' with all_reduce, but the tokens x tokens kernels would need the tokens of "
             "all processes: use form='feature' or 'auto', whose hidden x hidden matrices add up over processes."
         )
+    factors = None if debiased else _factor_dtype(student)
+    with full_precision(student):
+        found = _found(student, teacher, mask, debiased, form, all_reduce, factors)
+        undefined = _undefined(found, fewest_rows(debiased))
+        loss = 1 - (_safe_root(found.value) if sqrt else found.value)
+        return Mean(
+            torch.where(undefined, torch.zeros_like(loss), loss),
+            torch.where(undefined, torch.zeros_like(loss), torch.ones_like(loss)).detach(),
+        )
+
+
+def _found(
+    student: Tensor,
+    teacher: Tensor | Side,
+    mask: Tensor | None,
+    debiased: bool,
+    form: Form,
+    all_reduce: Reduce | None,
+    factors: torch.dtype | None,
+) -> Similarity:
     reduce = all_reduce or _alone
     if isinstance(teacher, Tensor):
         s, t = _paired(student, teacher.detach(), mask)
-        target = Side(t, reduce)
+        target = Side(t, reduce, factors)
     else:
-        s, target = real_rows(student, mask).to(teacher.rows.dtype), teacher
+        s, target = real_rows(student, mask), teacher
         _same_number(s, target)
     chosen = _resolve("feature" if all_reduce is not None and form == "auto" else form, s, target.rows)
-    found = similarity(s, target.rows, Side(s, reduce), target, debiased, chosen)
-    undefined = _undefined(found, fewest_rows(debiased))
-    loss = 1 - (_safe_root(found.value) if sqrt else found.value)
-    return Mean(
-        torch.where(undefined, torch.zeros_like(loss), loss),
-        torch.where(undefined, torch.zeros_like(loss), torch.ones_like(loss)).detach(),
-    )
+    return similarity(s, target.rows, Side(s, reduce, target.rows.dtype), target, debiased, chosen)
 
 
 @dataclass(frozen=True)
@@ -219,6 +244,11 @@ def _same_number(student: Tensor, target: Side) -> None:
             f"the student has {student.shape[0]} real tokens and the cka_target {target.rows.shape[0]}, but they are "
             "compared token by token: make the target from the same batch and mask."
         )
+
+
+def _factor_dtype(values: Tensor) -> torch.dtype | None:
+    # Not autocast's float16, in which sums of squares do not fit.
+    return torch.bfloat16 if autocast_dtype(values) == torch.bfloat16 else None
 
 
 def _resolve(form: Form, x: Tensor, y: Tensor) -> Form:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from layerdistill.matching.rows import upcast
+
 Form = Literal["auto", "feature", "gram"]
 """`feature`: hidden x hidden matrices; `gram`: tokens x tokens; `auto`: whichever needs fewer multiply-adds."""
 
@@ -27,10 +29,11 @@ class Side:
     """The real rows `(rows, hidden)` of one representation, centred over all processes' rows; nothing has a gradient.
 
     `count` is the number of all processes' rows, `scale` the Frobenius norm of the centred ones (1 where they do not
-    vary, which `flat` says), all 0-d.
+    vary, which `flat` says), all 0-d. They and all sums are in the precision of `rows`; the centred rows are kept, and
+    multiplied, in `factors` (default: the same).
     """
 
-    def __init__(self, rows: Tensor, reduce: Reduce) -> None:
+    def __init__(self, rows: Tensor, reduce: Reduce, factors: torch.dtype | None = None) -> None:
         self.reduce = reduce
         self._second_moments: Tensor | None = None
         self._gram: Tensor | None = None
@@ -39,12 +42,13 @@ class Side:
             self.count, total = sums[0], sums[1:]
             mean = total / self.count.clamp(min=1)
             # The mean is taken twice: the first takes away what all rows share, the second what rounding left of it.
-            self.rows = rows - mean
-            self.rows -= reduce(self.rows.sum(0)) / self.count.clamp(min=1)
-            square = reduce(torch.linalg.vector_norm(self.rows).square())
+            centred = rows - mean
+            centred -= reduce(centred.sum(0)) / self.count.clamp(min=1)
+            square = reduce(torch.linalg.vector_norm(centred).square())
             norm, raw = square.sqrt(), (square + self.count * mean.square().sum()).sqrt()
             self.flat = norm <= torch.finfo(rows.dtype).eps * raw
             self.scale = torch.where(self.flat, torch.ones_like(norm), norm)
+            self.rows = centred.to(factors or rows.dtype)
 
     def second_moments(self) -> Tensor:
         """Return X'X over all processes, `(hidden, hidden)`, of the rows divided by `scale`; computed once."""
@@ -56,12 +60,12 @@ class Side:
     def gram(self) -> Tensor:
         """Return X X', `(rows, rows)`, of the rows divided by `scale`; computed once."""
         if self._gram is None:
-            self._gram = (self.rows @ self.rows.T) / self.scale.square()
+            self._gram = upcast(self.rows @ self.rows.T) / self.scale.square()
         return self._gram
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of `gram`, `(rows,)`."""
-        return self.rows.square().sum(1) / self.scale.square()
+        return upcast(self.rows).square().sum(1) / self.scale.square()
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def cheaper_form(rows: int, width_x: int, width_y: int) -> Form:
 
 def cross_moments(x: Side, y: Side) -> Tensor:
     """Return Y'X over all processes, `(hidden_y, hidden_x)`, of the rows divided by their `scale`."""
-    return x.reduce(y.rows.T @ x.rows) / (y.scale * x.scale)
+    return x.reduce(upcast(y.rows.T @ x.rows)) / (y.scale * x.scale)
 
 
 def similarity(x: Tensor, y: Tensor, side_x: Side, side_y: Side, debiased: bool, form: Form) -> Similarity:
@@ -181,16 +185,17 @@ def _gradient(side: Side, other: Side, cross: Tensor | None, towards: Tensor, ba
 
     X are the rows of `side` after it; `cross` is `(hidden_other, hidden_side)`.
     """
+    dtype = side.rows.dtype
     if cross is None:
-        gradient = (other.gram() * (towards / side.scale.square())) @ side.rows
-        gradient -= (side.gram() * (back / side.scale.square())) @ side.rows
+        gradient = upcast((other.gram() * (towards / side.scale.square())).to(dtype) @ side.rows)
+        gradient -= (side.gram() * (back / side.scale.square())).to(dtype) @ side.rows
     else:
-        gradient = other.rows @ (cross * (towards / (side.scale * other.scale)))
-        gradient -= side.rows @ (side.second_moments() * (back / (side.scale * side.scale)))
+        gradient = upcast(other.rows @ (cross * (towards / (side.scale * other.scale))).to(dtype))
+        gradient -= side.rows @ (side.second_moments() * (back / (side.scale * side.scale))).to(dtype)
     if debiased:
         count = side.count.clamp(min=fewest_rows(True))
         weights = towards * _correction_slope(other, count) - back * _correction_slope(side, count)
-        gradient += (weights / side.scale.square()).unsqueeze(1) * side.rows
+        gradient += (weights / side.scale.square()).unsqueeze(1) * upcast(side.rows)
         gradient -= side.reduce(gradient.sum(0)) / count
     return gradient
 

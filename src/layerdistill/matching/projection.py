@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef
-from layerdistill.matching.rows import in_full_precision
+from layerdistill.matching.rows import full_precision
 
 ProjectionKind = Literal["identity", "linear", "frozen_random", "orthogonal"]
 KINDS: tuple[str, ...] = get_args(ProjectionKind)
@@ -60,11 +60,11 @@ class Projections(nn.Module):
         """How many trained numbers the maps have; all are discarded with them."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @in_full_precision
     def forward(self, layer: LayerRef, hidden: Tensor) -> Tensor:
         """Return the student's `hidden` `(..., student_width)` of `layer` in the teacher's width.
 
-        Computed in the maps' dtype (float32 unless the module was cast), autocast off; `identity` returns its input.
+        Computed in the maps' dtype (float32 unless the module was cast), under autocast in its dtype, as any linear
+        layer; `identity` returns its input.
         """
         if layer not in self.layers:
             known = ", ".join(str(known) for known in self.layers)
@@ -80,7 +80,8 @@ class Projections(nn.Module):
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        with full_precision(input):  # an orthogonal weight is computed here, and would not be orthogonal in bfloat16
+            weight = self.weight
         return functional.linear(input.to(weight.dtype), weight, self.bias)
 
 

@@ -28,6 +28,19 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def full_precision(values: Tensor) -> torch.autocast:
+    """Return a context in which autocast is switched off on the device of `values`."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
+def autocast_dtype(values: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast gives products with `values`, None where it is off or leaves them as they are."""
+    device = values.device.type
+    if not torch.is_autocast_enabled(device) or values.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def upcast(values: Tensor) -> Tensor:
     """Return `values` in float32, or in float64 if they were."""
     return values if values.dtype == torch.float64 else values.float()

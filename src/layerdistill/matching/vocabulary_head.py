@@ -84,11 +84,3 @@ class HeadGradients:
             self.weight.add_(torch.mm(slope.t(), rows.to(weight.dtype), out=self.product))
         elif self.weight is not None:
             self.weight.addmm_(slope.t(), rows.to(weight.dtype))
-
-
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """Return in which dtype a linear layer with this weight multiplies: autocast's where it is on, else its own."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype

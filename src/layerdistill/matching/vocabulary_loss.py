@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
-from layerdistill.matching.rows import in_full_precision
-from layerdistill.matching.vocabulary_head import HeadGradients, Projection, VocabularyHead, product_dtype
+from layerdistill.matching.rows import autocast_dtype, in_full_precision
+from layerdistill.matching.vocabulary_head import HeadGradients, Projection, VocabularyHead
 from layerdistill.matching.vocabulary_rows import Divergence, RowLosses, cap_, through_cap_
 
 FEWEST_ROWS = 128
@@ -231,3 +231,8 @@ def _compared_width(
             f"the teacher {(teacher or student).vocabulary}."
         )
     return width
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Return in which dtype a linear layer with this weight multiplies: autocast's where it is on, else its own."""
+    return autocast_dtype(weight) or weight.dtype
