@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Six ways to choose teacher layers, from two starts, on STS-B at 3 x 192: layer_selection.sh [SEED...]
+# Five ways to choose teacher layers beside none and kd, from two starts, on STS-B at 3 x 192: layer_selection.sh [SEED...]
 # Run it from the project's folder; what is finished is not run again.
 set -euo pipefail
 

@@ -151,6 +151,17 @@ def test_alignment_against_the_formula(form: str) -> None:
     assert term.unit("hidden/1-2") == "batch", "one number per batch, whatever its tokens"
 
 
+def test_debiased_alignment_keeps_its_precision_under_autocast() -> None:
+    term = hidden_term("cka", debiased=True)
+    ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
+    plain = term(signal(ours), signal(theirs), {}, START)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = term(signal(ours), signal(theirs), {}, START)
+    assert {name: mean.value.item() for name, mean in rounded.items()} == {
+        name: mean.value.item() for name, mean in plain.items()
+    }
+
+
 def test_an_average_map_compares_with_the_mean_of_its_group() -> None:
     term = hidden_term(widths=(6, 6), layer_map="average", projection="identity")
     ours, theirs = states(6, 2, seed=1), states(6, 4, seed=2)

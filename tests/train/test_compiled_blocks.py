@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from torch._dynamo.utils import counters
 from toy import ToyCollator, toy_dataset
 
 import layerdistill as ld
+from layerdistill.api import make_pair
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Needs, Tap
+from layerdistill.methods.table import METHODS
 from layerdistill.models import find_stacks
+from layerdistill.models.adapters import empty_adapters
+from layerdistill.signals import LiveTeacher
 from layerdistill.train.compiled_blocks import compiled_blocks
+from layerdistill.train.trainer import StageTrainer
 
 
 def trained(folder: Path, task: str, method: str, **training: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -45,6 +51,28 @@ def test_compiled_blocks_train_the_same_student(task: str, method: str, tmp_path
     assert compiled.keys() == plain.keys()
     assert all(torch.equal(compiled[name], plain[name]) for name in plain)
     assert all("forward" not in vars(block) for stack in find_stacks(student).values() for block in stack.blocks)
+
+
+def test_what_is_read_inside_blocks_in_a_later_epoch_is_refused_too(tmp_path: Path) -> None:
+    student, teacher = (tiny_model("bert", "sequence-classification", num_layers=blocks) for blocks in (2, 4))
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=3, use_cpu=True, disable_tqdm=True,
+        torch_compile_backend="eager",
+    )  # fmt: skip
+    late = {"rank": 2, "teacher_adapters": "svd", "curriculum": {"start": 2}}
+    adapters = {
+        path: torch.randn(shape.shape, generator=torch.Generator().manual_seed(1))
+        for path, shape in empty_adapters(teacher, 2).items()
+    }
+    pair = replace(make_pair(teacher, student, seed=3), teacher_adapters=adapters)
+    context = type("Context", (), {"epochs": 3})()
+    stage = next(METHODS["lora_ild"].stages(pair, METHODS["lora_ild"].Config(name="lora_ild", **late), context))
+    data = toy_dataset("sequence-classification", size=16)
+    trainer = StageTrainer(
+        stage, pair.task, args, data, LiveTeacher(teacher), data_collator=ToyCollator("sequence-classification")
+    )
+    with pytest.raises(UserError, match="reads the inputs or outputs of modules inside the student's blocks"):
+        trainer.train()
 
 
 def test_a_method_that_reads_inside_blocks_is_refused(tmp_path: Path) -> None:

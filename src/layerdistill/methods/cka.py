@@ -43,7 +43,7 @@ class CkaDistance:
 
     def prepare(self, teacher: Tensor) -> Side:
         """Return the teacher's side of all pairs that share these rows, `(tokens, hidden)`."""
-        return cka_target(teacher, all_reduce=differentiable_sum())
+        return cka_target(teacher, debiased=self.debiased, all_reduce=differentiable_sum())
 
 
 class CentredKernelAlignment:

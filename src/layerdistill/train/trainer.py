@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from transformers.utils import logging as hf_logging
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, replace_folder, sync_folder
-from layerdistill.core.types import Batch, Progress, Stage, TeacherSource
+from layerdistill.core.needs import needs_during
+from layerdistill.core.types import Batch, Needs, Progress, Stage, TeacherSource
 from layerdistill.matching.task_loss import task_loss
 from layerdistill.models import has_own_code, write_own_code
 from layerdistill.signals import student_signal
 from layerdistill.train.arguments import explained_arguments
 from layerdistill.train.compiled_blocks import compiled_blocks, no_compiler
 from layerdistill.train.composite import Composite, term_of
-from layerdistill.train.config import TERM_GRADIENT_STEPS
+from layerdistill.train.config import TERM_GRADIENT_STEPS, count_epochs
 from layerdistill.train.fused_predictions import fused_predictions
 from layerdistill.train.sampler import EpochSampler
 from layerdistill.train.term_log import TermLog
@@ -89,7 +91,11 @@ class StageTrainer(Trainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as transformers does, with the student's blocks compiled where `torch_compile` says so."""
-        with compiled_blocks(self.stage.student, self.args, self.composite.needs(self.progress)):
+        needs = Needs()
+        if self.args.torch_compile:  # a term may begin to read in a later epoch
+            examples = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 1
+            needs = needs_during(self.stage.terms, count_epochs(examples, partial(getattr, self.args)), 1)
+        with compiled_blocks(self.stage.student, self.args, needs):
             return super().train(*args, **options)
 
     # Loss
