@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from accelerate import PartialState
 from torch import nn
+from transformers import PreTrainedConfig
 
 from layerdistill.core.errors import UserError
-from layerdistill.evaluate import chance_levels, evaluate_model, measure_costs, save_predictions
+from layerdistill.core.fingerprint import fingerprint_model
+from layerdistill.data import fingerprint_dataset
+from layerdistill.evaluate import chance_levels, kept_predictions, measure_costs, predict, save_predictions, scores
 from layerdistill.finetune import open_model
 from layerdistill.models import resolve_model_source
 from layerdistill.prepare import Prepared, own_tokenizer, prepare, read_with
 from layerdistill.recipe import Recipe
 from layerdistill.run_folder import RECIPE_FILE, STUDENT_FOLDER
+from layerdistill.teacher_cache import fingerprint_tokenizer
 
 
 def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | None) -> dict[str, Any]:
@@ -26,16 +32,7 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
         if split not in prepared.datasets or (name == "teacher" and not reads_the_data(prepared)):
             result[name] = {}
             continue
-        reader = prepared.for_teacher if name == "teacher" else prepared
-        found = evaluate_model(
-            model,
-            reader.datasets[split],
-            reader.collator,
-            data.task,
-            section.metrics_for(data.task),
-            section.batch_size,
-            PartialState().device,
-        )
+        found = scores(answers(prepared, name, model, split), data.task, section.metrics_for(data.task))
         result[name] = found.metrics
         if found.undefined:
             result.setdefault("undefined", {})[name] = found.undefined
@@ -52,6 +49,31 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
             models, section.seq_for(data.max_length), section, folders, PartialState().device
         )
     return result
+
+
+def answers(prepared: Prepared, name: str, model: nn.Module, split: str) -> pa.Table:
+    """Return the predictions of a model; a teacher's are kept for all its runs, unless `teacher.cache` is off."""
+    reader = prepared.for_teacher if name == "teacher" else prepared
+    recipe, device, rows = prepared.recipe, PartialState().device, reader.datasets[split]
+
+    def ask() -> pa.Table:
+        return predict(model, rows, reader.collator, recipe.data.task, recipe.evaluation.batch_size, device)
+
+    if name != "teacher" or recipe.teacher is None or recipe.teacher.cache == "off":
+        return ask()
+    described = model.config.to_dict() if isinstance(model.config, PreTrainedConfig) else {}
+    identity = {
+        "model": fingerprint_model(model),
+        "class": type(model).__name__,
+        "config": {name: value for name, value in described.items() if name != "_name_or_path"},
+        "data": fingerprint_dataset(rows),
+        "tokenizer": fingerprint_tokenizer(reader.tokenizer),
+        "task": recipe.data.task,
+        "batch size": recipe.evaluation.batch_size,
+        "device": device.type,
+        "versions": [version(name) for name in ("layerdistill", "torch", "transformers")],
+    }
+    return kept_predictions(identity, ask)
 
 
 def folder_of(model: Any) -> Path | None:

@@ -12,6 +12,9 @@ HOMES = {
     "EvaluationResult": "evaluator",
     "evaluate_model": "evaluator",
     "metrics_in_training": "evaluator",
+    "predict": "evaluator",
+    "scores": "evaluator",
+    "kept_predictions": "prediction_store",
     "compute_metrics": "metrics",
     "save_predictions": "predictions",
     "measure_cost": "cost",
@@ -25,19 +28,23 @@ __all__ = [
     "chance_levels",
     "compute_metrics",
     "evaluate_model",
+    "kept_predictions",
     "measure_cost",
     "measure_costs",
     "metric_problems",
     "metrics_in_training",
+    "predict",
     "save_predictions",
+    "scores",
 ]
 
 if TYPE_CHECKING:
     from layerdistill.evaluate.chance import chance_levels
     from layerdistill.evaluate.config import EvaluationConfig, metric_problems
     from layerdistill.evaluate.cost import measure_cost, measure_costs
-    from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training
+    from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training, predict, scores
     from layerdistill.evaluate.metrics import compute_metrics
+    from layerdistill.evaluate.prediction_store import kept_predictions
     from layerdistill.evaluate.predictions import save_predictions
 
 

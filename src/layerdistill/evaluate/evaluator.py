@@ -53,16 +53,39 @@ def evaluate_model(
     batch_size: int = 64,
     device: torch.device | str | None = None,
 ) -> EvaluationResult:
-    """Return the metrics and the per-example predictions of `model`, which never sees a label.
+    """Return the metrics and the per-example predictions of `model`: `predict`, then `scores`.
+
+    Raises UserError for a metric that does not fit the task, before the model is run, and as `predict` does.
+    """
+    if problems := metric_problems(metrics, task):
+        raise UserError(*problems)
+    return scores(predict(model, dataset, collator, task, batch_size, device), task, metrics)
+
+
+def scores(predictions: pa.Table, task: str, metrics: Sequence[str]) -> EvaluationResult:
+    """Return the metrics of a table of predictions, and the table."""
+    values, undefined = compute_metrics(metrics, task, predictions)
+    return EvaluationResult(values, predictions, undefined)
+
+
+def predict(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    task: str,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> pa.Table:
+    """Return what `model`, which never sees a label, says of every example.
 
     `dataset` has the columns `input_ids`, `labels` (or `label`), whatever else `collator` wants, and `example_id` (else
     the row's number). For causal-lm the labels are the collated batch's, `(batch, seq)`, shifted here; -100 is skipped.
     Batches are formed by length,
     longest first, so that little padding is computed and a lack of memory shows at once; the table is in the dataset's
     order. A language-model batch may be smaller than `batch_size` (see `LOGITS_BYTES`). The model keeps its mode and
-    place. Raises UserError for a task, metric, column or label that does not fit, and for output that is not finite.
+    place. Raises UserError for a column or label that does not fit, and for output that is not finite.
     """
-    _check(dataset, task, metrics)
+    _check(dataset, task)
     rows = dataset.with_format(None)
     example_ids = rows["example_id"][:] if "example_id" in rows.column_names else list(range(len(rows)))
     lengths = _lengths(dataset)
@@ -71,12 +94,9 @@ def evaluate_model(
         if task == "causal-lm":
             token_limit = LOGITS_BYTES // (4 * text_config(model).vocab_size)
             nll, tokens = _predict_tokens(answer, _batches(lengths, batch_size, token_limit), len(rows))
-            table = language_table(example_ids, nll, tokens)
-        else:
-            logits = _classify(answer, _batches(lengths, batch_size))
-            table = LABELLED_TABLES[task](example_ids, rows[_label_column(rows)][:], logits)
-    values, undefined = compute_metrics(metrics, task, table)
-    return EvaluationResult(values, table, undefined)
+            return language_table(example_ids, nll, tokens)
+        logits = _classify(answer, _batches(lengths, batch_size))
+    return LABELLED_TABLES[task](example_ids, rows[_label_column(rows)][:], logits)
 
 
 def metrics_in_training(task: str, names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]] | None:
@@ -120,12 +140,10 @@ def token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return total, (following != IGNORED_LABEL).sum(dim=1).cpu()
 
 
-def _check(dataset: Dataset, task: str, metrics: Sequence[str]) -> None:
-    problems = metric_problems(metrics, task)
+def _check(dataset: Dataset, task: str) -> None:
+    problems = []
     if not isinstance(dataset, Dataset):
-        raise UserError(
-            *problems, f"the data to evaluate on has to be a datasets.Dataset, but is {type(dataset).__name__}."
-        )
+        raise UserError(f"the data to evaluate on has to be a datasets.Dataset, but is {type(dataset).__name__}.")
     columns = ", ".join(dataset.column_names)
     if "input_ids" not in dataset.column_names:
         problems.append(f"the data to evaluate on lacks input_ids, so it is not tokenised; it has {columns}.")
