@@ -135,8 +135,8 @@ class StudentConfig(SectionConfig):
     """`copy` whole teacher blocks, `truncate` every matrix to its first rows and columns but never through a head,
     `truncate_raw` through heads too (parity with released code), or `random`."""
     copy_map: str | list[int] = "forward"
-    """Which teacher block each student block is made of: forward, reverse, first, last, skip, random, or a list of
-    teacher blocks counted from 0."""
+    """Which teacher block each student block is made of: forward, reverse, first, last, skip, spread, random, or a list
+    of teacher blocks counted from 0."""
     vocabulary: Literal["full", "trimmed"] = "full"
     """trimmed: only the tokens that the training data needs, all special ones and all single characters; only for a
     student made out of the teacher."""

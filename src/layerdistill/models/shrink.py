@@ -19,7 +19,7 @@ from layerdistill.models.overrides import FOLLOWS_WIDTH, LAYER_INDEX_FIELDS
 
 Init = Literal["copy", "truncate", "truncate_raw", "random"]
 INITS: tuple[str, ...] = get_args(Init)
-COPY_MAPS = ("forward", "reverse", "first", "last", "skip", "random")
+COPY_MAPS = ("forward", "reverse", "first", "last", "skip", "spread", "random")
 NumBlocks = int | Mapping[str, int] | None
 
 
@@ -30,7 +30,9 @@ def block_sources(
 
     With N_T teacher and N_S student blocks, block n is made of `forward`: ceil((n + 1) N_T / N_S) - 1 (LoRAILD's map);
     `reverse`: the forward targets backwards; `first`, `last`: the first or last N_S blocks; `skip`: floor(n N_T / N_S)
-    (2n when halving, as in the CKA authors' code); `random`: distinct blocks drawn with `seed`, in the teacher's order.
+    (2n when halving, as in the CKA authors' code); `spread`: n (N_T - 1) / (N_S - 1), half rounded up, so that first
+    and last are among them (one block: the first), as the layer-selection authors start T5; `random`: distinct blocks,
+    drawn with `seed`, in the teacher's order.
     A list names the blocks itself. `num_blocks` None keeps the depth (or takes the length of the list).
     Raises UserError for an unknown map, a depth below 1 or above the teacher's, and a list that does not fit.
     """
@@ -60,12 +62,14 @@ def _sources(name: StackName, depth: int, wanted: int, copy_map: str | Sequence[
             )
         return tuple(copy_map)
     forward = tuple(math.ceil((n + 1) * depth / wanted) - 1 for n in range(wanted))
+    gaps = max(wanted - 1, 1)
     maps = {
         "forward": forward,
         "reverse": forward[::-1],
         "first": tuple(range(wanted)),
         "last": tuple(range(depth - wanted, depth)),
         "skip": tuple(n * depth // wanted for n in range(wanted)),
+        "spread": tuple((2 * n * (depth - 1) + gaps) // (2 * gaps) for n in range(wanted)),
         "random": tuple(sorted(random_for(seed, "copy_map", name).sample(range(depth), wanted))),
     }
     if copy_map not in maps:
