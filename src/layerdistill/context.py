@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,8 +45,9 @@ class LiveContext:
 
     @property
     def epochs(self) -> int:
-        """Passes over the training data in one stage, on all processes together, rounded up."""
-        return count_epochs(len(self.given.datasets["train"]), self._argument)
+        """Passes over the training data in one stage, on all processes together, rounded up; 1 for a stream."""
+        data = self.given.datasets["train"]
+        return count_epochs(len(data), self._argument) if isinstance(data, Sized) else 1
 
     def say(self, sentence: str) -> None:
         """Print a sentence."""
@@ -91,8 +92,14 @@ class LiveContext:
         return self._measure(model, "validation", self.metrics) if "validation" in self.given.datasets else {}
 
     def training_batches(self) -> Iterator[Batch]:
-        """Yield the training rows in their order."""
-        return self._batches(self.given.datasets["train"], self._argument("per_device_train_batch_size"))
+        """Return the training rows, batch by batch in their order; raises UserError for a stream, which has no end."""
+        data = self.given.datasets["train"]
+        if not isinstance(data, Sized):
+            raise UserError(
+                f"train_dataset is a {type(data).__name__}, which has no length, but what a model says about all of it "
+                "was to be recorded. Pass a datasets.Dataset, or record nothing (ted: stage_one.record_gb: 0)."
+            )
+        return self._batches(data, self._argument("per_device_train_batch_size"))
 
     def _argument(self, name: str) -> Any:
         """Return a training argument; TrainingArguments are not built for it, which would disturb a running trainer."""

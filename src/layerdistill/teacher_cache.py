@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from layerdistill.signals.cache_folder import MANIFEST_FILE, CacheFolder, differ
 from layerdistill.signals.cache_rows import StoredDtype
 from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
 from layerdistill.signals.cached_teacher import CachedTeacher
+from layerdistill.signals.streamed_teacher import StreamedTeacher
 from layerdistill.train.stage import StageInput, stage_arguments
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -95,9 +96,36 @@ class StageTeachers:
         """Return the source of a stage that has none of its own; raises UserError where `require` finds no cache."""
         if self.live is None or stage.teacher is not None or self.config is None or self.config.mode == "off":
             return self.live
+        if not isinstance(self.given.datasets["train"], Sized):
+            return self.streamed()
         epochs, steps = self.length_of(stage.training)
         needs = needs_during(stage.terms, math.ceil(epochs), steps)
         return self.source(needs, epochs)
+
+    def streamed(self) -> TeacherSource:
+        """Return the teacher of a data set without a length; `auto` runs it, for no example may come twice."""
+        assert self.live is not None and self.config is not None, "of() has seen to it"
+        if self.config.mode == "auto":
+            return self.live
+        folder = self.open()
+        if self.config.mode == "fill":
+            self.prepare(folder)
+        cached = CachedTeacher(self.live, folder, self.language_model, only_cached=self.config.mode == "require")
+        return StreamedTeacher(cached, self.room)
+
+    def room(self, waiting: int) -> bool:
+        """Return whether a stream's cache may still grow, with `waiting` bytes not yet written, and say when not."""
+        assert self.config is not None, "of() has seen to it"
+        folder = self.open()
+        free = shutil.disk_usage(folder.folder).free
+        enough = folder.size + waiting <= self.config.gb * 1e9 and waiting <= SHARE_OF_DISK * free
+        if not enough:
+            self.given.console.print(
+                f"No more of the teacher is kept in {folder.folder} ({folder.size / 1e9:.3g} GB, {free / 1e9:.3g} GB "
+                f"are free, teacher.cache_gb allows {self.config.gb:g}): it is run for examples that are not there.",
+                highlight=False,
+            )
+        return enough
 
     def source(self, needs: Needs, epochs: float) -> TeacherSource | None:
         """Return what says `needs` for `epochs` passes, filled where it is to be."""
@@ -147,12 +175,18 @@ class StageTeachers:
     def identity(self) -> dict[str, Any]:
         """Return what a cache belongs to, by names that a message can use."""
         assert self.live is not None
-        data, model = self.given.datasets["train"], self.live.model
-        longest = max(len(ids) for ids in data["input_ids"])
-        return {
+        data: Any = self.given.datasets["train"]
+        model = self.live.model
+        teacher = {
             "teacher": fingerprint_model(model),
             "teacher's class": type(model).__name__,
             "tokenizer": fingerprint_tokenizer(self.given.tokenizer),
+        }
+        if not hasattr(data, "__len__"):
+            return {**teacher, "data": "any stream"}
+        longest = max(len(ids) for ids in data["input_ids"])
+        return {
+            **teacher,
             "longest example": longest,
             "examples": len(data),
             "data": fingerprint_dataset(data.select_columns([name for name in INPUTS if name in data.column_names])),
@@ -198,12 +232,16 @@ class StageTeachers:
             place = place.parent
         return Quote(needed, shutil.disk_usage(place).free)
 
-    def fill(self, cached: CachedTeacher, needs: Needs) -> None:
-        """Run the teacher over the training data, each process over its share, and say how long it takes."""
-        folder, console = cached.folder, self.given.console
+    def prepare(self, folder: CacheFolder) -> None:
+        """Make the folder, once for all processes."""
         if PartialState().is_main_process:
             folder.prepare()
         PartialState().wait_for_everyone()
+
+    def fill(self, cached: CachedTeacher, needs: Needs) -> None:
+        """Run the teacher over the training data, each process over its share, and say how long it takes."""
+        folder, console = cached.folder, self.given.console
+        self.prepare(folder)
         started, done, quoted = time.monotonic(), 0, False
         total = math.ceil(len(self.given.datasets["train"]) / PartialState().num_processes)
 

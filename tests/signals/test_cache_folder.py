@@ -78,6 +78,9 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(dtype: StoredDtype, valu
 
 
 def test_what_was_put_in_comes_out_of_a_folder_opened_anew(tmp_path: Path) -> None:
+    filled(tmp_path / "cache", range(4))
+    modes = {path.name: path.stat().st_mode & 0o444 for path in (tmp_path / "cache").iterdir() if path.name != ".lock"}
+    assert set(modes.values()) == {0o444}, "others may read a cache that is shared"
     assert_holds(filled(tmp_path / "c", range(10)), range(10))
     opened = CacheFolder(tmp_path / "c", WHOSE, "float32")
     assert_holds(opened, range(10))

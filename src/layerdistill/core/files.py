@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from layerdistill.core.errors import UserError
 
+READABLE = 0o644
+"""The mode of what is written: safetensors and tempfile leave their files to the owner alone, others share them."""
+
 PARTIAL_PREFIX = ".partial-"
 """Names that begin so are unfinished; any command may delete them."""
 
@@ -28,7 +31,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, READABLE)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -62,7 +65,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
+            path.chmod(0o755 if path.is_dir() else READABLE)
         sync_folder(temporary)
         replace_folder(temporary, target)
     except BaseException:

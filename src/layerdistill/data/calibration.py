@@ -44,6 +44,11 @@ def set_aside(datasets: Mapping[str, Dataset], config: CalibrationConfig, seed: 
     if config.split not in datasets:
         raise UserError(f"method.calibration.split is {config.split!r}, but the recipe has no data.{config.split}.")
     rows = datasets[config.split]
+    if not isinstance(rows, Dataset):
+        raise UserError(
+            f"method.calibration draws rows of {config.split}, but that is a {type(rows).__name__}, which cannot be "
+            "drawn from. Pass a datasets.Dataset, or take the rows from another split (method.calibration.split)."
+        )
     if config.split == "train" and len(rows) <= config.examples:
         raise UserError(
             f"method.calibration.examples is {config.examples}, but there are only {len(rows)} training rows, and none "

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.files import PARTIAL_PREFIX, explained_disk_errors, sweep_partials, write_text
+from layerdistill.core.files import PARTIAL_PREFIX, READABLE, explained_disk_errors, sweep_partials, write_text
 from layerdistill.core.processes import file_lock
 from layerdistill.signals.cache_rows import StoredDtype, decode, encode
 
@@ -158,6 +158,7 @@ class CacheFolder:
             name = f"{uuid.uuid4().hex}.safetensors"
             partial = self.folder / f"{PARTIAL_PREFIX}{name}"
             save_file(self._tensors_of(examples, new, signals), partial)
+            partial.chmod(READABLE)
             entry = {"file": name, "examples": len(new), "signals": signals, "bytes": partial.stat().st_size}
             entry["checksum"] = checksum_of(partial)
             with partial.open("rb") as stream:

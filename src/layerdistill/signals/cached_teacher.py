@@ -166,14 +166,18 @@ class Filler:
                 "some examples. Run `layerdistill cache` with the same recipe first, or write teacher.cache: fill."
             )
         signal = cached.live.signal(batch, cached.among(self.needs, lacking))
-        found = cached.rows_of(signal, keys)
-        if self.waiting and sorted(next(iter(self.waiting.values()))) != lacking:
+        self.keep(keys, signal)
+        return signal
+
+    def keep(self, keys: Sequence[bytes], signal: Signal) -> None:
+        """Keep the rows of a signal; a shard is written when it is full."""
+        found = self.cached.rows_of(signal, keys)
+        if self.waiting and next(iter(self.waiting.values())).keys() != next(iter(found.values())).keys():
             self.close()  # a shard holds the same of each example
         self.waiting.update(found)
         self.size += sum(rows.nbytes for one in found.values() for rows in one.values())
         if self.size >= SHARD_BYTES:
             self.close()
-        return signal
 
     def close(self) -> None:
         """Write what is waiting."""

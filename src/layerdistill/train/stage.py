@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import shutil
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def run_stage(stage: Stage, given: StageInput, teacher: TeacherSource | None) ->
     if PartialState().is_main_process:
         sweep_partials(folder)
     trainer, interruption, bar = make_trainer(stage, given, teacher, folder)
-    refuse_no_batch(trainer.args, len(given.datasets["train"]))
+    if isinstance(given.datasets["train"], Sized):
+        refuse_no_batch(trainer.args, len(given.datasets["train"]))
     newest = newest_checkpoint(folder)
     try:
         with interruption.listening():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from layerdistill.core.types import Batch, Needs, Progress, Stage, TeacherSource
 from layerdistill.matching.task_loss import task_loss
 from layerdistill.models import has_own_code, write_own_code
 from layerdistill.signals import student_signal
+from layerdistill.signals.streamed_teacher import StreamedTeacher
 from layerdistill.train.arguments import explained_arguments
 from layerdistill.train.compiled_blocks import compiled_blocks, no_compiler
 from layerdistill.train.composite import Composite, term_of
@@ -68,6 +69,7 @@ class StageTrainer(Trainer):
         self.step_counts: Tensor | None = None
         self.epoch_sampler: EpochSampler | None = None
         self.partial_folder: Path | None = None
+        refuse_endless(args, train_dataset)
         if args.n_gpu > 1:
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
@@ -95,8 +97,12 @@ class StageTrainer(Trainer):
         if self.args.torch_compile:  # a term may begin to read in a later epoch
             examples = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 1
             needs = needs_during(self.stage.terms, count_epochs(examples, partial(getattr, self.args)), 1)
-        with compiled_blocks(self.stage.student, self.args, needs):
-            return super().train(*args, **options)
+        try:
+            with compiled_blocks(self.stage.student, self.args, needs):
+                return super().train(*args, **options)
+        finally:
+            if isinstance(self.teacher_source, StreamedTeacher):
+                self.teacher_source.close()
 
     # Loss
 
@@ -342,8 +348,17 @@ def hidden_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def refuse_endless(args: TrainingArguments, train_dataset: Any) -> None:
+    """Raise UserError for a data set without a length and no number of steps."""
+    if train_dataset is not None and not isinstance(train_dataset, Sized) and args.max_steps <= 0:
+        raise UserError(
+            f"train_dataset is a {type(train_dataset).__name__}, which has no length, so the number of steps must be "
+            "given: args.max_steps."
+        )
+
+
 def as_columns(dataset: Any, columns: Sequence[str]) -> Any:
-    """Return a dataset with only those of `columns` that it has (anything but a `datasets.Dataset` is left alone)."""
-    if not isinstance(dataset, Dataset):
+    """Return a dataset with only those of `columns` that it has; one that does not tell its columns is left alone."""
+    if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
         return dataset
     return dataset.select_columns([name for name in columns if name in dataset.column_names])

@@ -1,0 +1,151 @@
+"""Training data without a length: the same student as from a list, and a teacher that is run once for each example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from tiny_models import tiny_model
+from toy import toy_dataset
+from toy_recipe import toy_tokenizer
+
+import layerdistill as ld
+from layerdistill.core.errors import UserError
+from layerdistill.signals import LiveTeacher
+
+HEADS = {"bert": "sequence-classification", "gpt2": "causal-lm"}
+STEPS = 16
+"""Two passes over 32 examples, four at a time."""
+
+
+def data_of(task: str) -> Dataset:
+    return toy_dataset(task, size=32)
+
+
+def trained(
+    folder: Path, data: Any, family: str = "bert", method: str = "ild", cache: Any = None, **arguments: Any
+) -> dict[str, torch.Tensor]:
+    head = HEADS[family]
+    teacher, student = (tiny_model(family, head, num_layers=blocks, seed=blocks) for blocks in (4, 2))
+    given = {
+        "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential", "use_cpu": True, "disable_tqdm": True, **arguments,
+    }  # fmt: skip
+    args = ld.LayerDistillationConfig(output_dir=str(folder), **given)
+    ld.distill(teacher, student, data, method=method, args=args, processing_class=toy_tokenizer(), cache=cache)
+    return student.state_dict()
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of examples each time that the live teacher is run."""
+    runs: list[int] = []
+    signal = LiveTeacher.signal
+
+    def counted(self: LiveTeacher, batch: Any, needs: Any) -> Any:
+        runs.append(len(batch["input_ids"]))
+        return signal(self, batch, needs)
+
+    monkeypatch.setattr(LiveTeacher, "signal", counted)
+    return runs
+
+
+@pytest.mark.parametrize("family", list(HEADS))
+def test_a_stream_trains_the_student_that_a_list_trains(family: str, tmp_path: Path) -> None:
+    data = data_of(HEADS[family])
+    listed = trained(tmp_path / "list", data, family)
+    streamed = trained(tmp_path / "stream", data.to_iterable_dataset(), family)
+    untold = IterableDataset.from_generator(lambda: iter(data))
+    assert untold.column_names is None, "a generator does not tell its columns"
+    assert same(listed, streamed) and same(listed, trained(tmp_path / "generated", untold, family))
+
+
+@pytest.mark.parametrize(("family", "method"), [("bert", "ild"), ("bert", "rail_kd"), ("gpt2", "kd"), ("gpt2", "cka")])
+def test_the_teacher_is_run_once_for_each_example(family: str, method: str, tmp_path: Path, asked: list[int]) -> None:
+    stream = data_of(HEADS[family]).to_iterable_dataset()
+    live = trained(tmp_path / "live", stream, family, method)
+    assert sum(asked) == 64
+    asked.clear()
+    cache = ld.CacheConfig("fill", "float32", tmp_path / "cache")
+    filled = trained(tmp_path / "fill", stream, family, method, cache)
+    assert sum(asked) == 32, "the second pass is read"
+    asked.clear()
+    again = trained(tmp_path / "again", stream, family, method, cache)
+    only = trained(
+        tmp_path / "require", stream, family, method, ld.CacheConfig("require", "float32", tmp_path / "cache")
+    )
+    assert asked == []
+    for name, tensor in live.items():
+        torch.testing.assert_close(filled[name], tensor, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
+    assert same(again, only)
+
+
+def test_examples_that_come_later_are_added(tmp_path: Path, asked: list[int]) -> None:
+    data = data_of("sequence-classification")
+    cache = ld.CacheConfig("fill", folder=tmp_path / "cache")
+    trained(tmp_path / "first", data.select(range(20)).to_iterable_dataset(), cache=cache)
+    assert sum(asked) == 20
+    trained(tmp_path / "second", data.to_iterable_dataset(), cache=cache)
+    assert sum(asked) == 32, "the first twenty are known, whatever stream they come in"
+    more = toy_dataset("sequence-classification", size=8, seed=9).to_iterable_dataset()
+    with pytest.raises(UserError, match="lacks some examples of the stream"):
+        trained(tmp_path / "third", more, cache=ld.CacheConfig("require", folder=tmp_path / "cache"))
+
+
+def test_what_was_said_before_an_error_is_kept(tmp_path: Path, asked: list[int]) -> None:
+    data = data_of("sequence-classification")
+
+    def broken() -> Any:
+        yield from data.select(range(12))
+        raise RuntimeError("the stream broke off")
+
+    cache = ld.CacheConfig("fill", folder=tmp_path / "cache")
+    with pytest.raises(RuntimeError, match="broke off"):
+        trained(tmp_path / "broken", IterableDataset.from_generator(broken), cache=cache)
+    known = sum(asked)
+    assert known >= 8
+    trained(tmp_path / "whole", data.to_iterable_dataset(), cache=cache)
+    assert sum(asked) == 32
+
+
+def test_a_cache_that_may_not_grow_leaves_the_rest_to_the_teacher(tmp_path: Path, asked: list[int]) -> None:
+    stream = data_of("sequence-classification").to_iterable_dataset()
+    live = trained(tmp_path / "live", stream)
+    asked.clear()
+    small = trained(tmp_path / "small", stream, cache=ld.CacheConfig("fill", "float32", tmp_path / "cache", gb=1e-5))
+    assert 32 < sum(asked) < 64
+    for name, tensor in live.items():
+        torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_auto_runs_the_teacher_of_a_stream(tmp_path: Path, asked: list[int]) -> None:
+    trained(
+        tmp_path / "auto", data_of("sequence-classification").to_iterable_dataset(),
+        cache=ld.CacheConfig(folder=tmp_path / "cache"),
+    )  # fmt: skip
+    assert sum(asked) == 64 and not (tmp_path / "cache").exists()
+
+
+def test_a_stream_is_refused_where_its_end_is_needed(tmp_path: Path) -> None:
+    stream = data_of("sequence-classification").to_iterable_dataset()
+    with pytest.raises(UserError, match="has no length, so the number of steps must be given"):
+        trained(tmp_path / "endless", stream, max_steps=-1)
+    recorded = {"name": "ted", "stage_one": {"max_steps": 4}}
+    with pytest.raises(UserError, match="what a model says about all of it was to be recorded"):
+        trained(tmp_path / "ted", stream, method=recorded)
+    trained(tmp_path / "run", stream, method={"name": "ted", "stage_one": {"max_steps": 4, "record_gb": 0}})
+    args = ld.LayerDistillationConfig(output_dir=str(tmp_path / "prune"), max_steps=2, use_cpu=True)
+    teacher = tiny_model("bert", "sequence-classification", num_layers=4)
+    with pytest.raises(UserError, match="calibration draws rows of train, but that is a IterableDataset"):
+        ld.distill(
+            teacher, None, stream, method="layer_prune", args=args, processing_class=toy_tokenizer(),
+            num_removed=1, calibration={"split": "train"},
+        )  # fmt: skip
