@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sized
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,11 @@ from layerdistill.recipe import explain
 from layerdistill.teacher_cache import CacheConfig, StageTeachers
 from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput, run_stage
+from layerdistill.train.stream import refuse_unending
 from layerdistill.train.trainer import StageTrainer
+
+FIRST_ROWS = 16
+"""Rows of a stream by which a folder knows it again."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def claim_folder(folder: Path, config: Any, pair: Pair, train_dataset: Any, args
         "method": fingerprint_json(config.model_dump(mode="json")),
         "student": fingerprint_model(pair.student),
         "teacher": fingerprint_model(pair.teacher) if pair.teacher is not None else "",
-        "data": fingerprint_dataset(train_dataset) if isinstance(train_dataset, Dataset) else "",
+        "data": fingerprint_rows(train_dataset),
         "args": fingerprint_json(training),
     }
     path = folder / "distill.json"
@@ -127,6 +133,14 @@ def claim_folder(folder: Path, config: Any, pair: Pair, train_dataset: Any, args
         )
     if PartialState().is_main_process:
         write_json(path, identity)
+
+
+def fingerprint_rows(train_dataset: Any) -> str:
+    """Return the fingerprint of training data, of a stream that of its first rows; empty for what tells neither."""
+    if isinstance(train_dataset, Dataset):
+        return fingerprint_dataset(train_dataset)
+    stream = train_dataset is not None and not isinstance(train_dataset, Sized)
+    return fingerprint_json([dict(row) for row in islice(train_dataset, FIRST_ROWS)]) if stream else ""
 
 
 class LayerDistillationTrainer(StageTrainer):
@@ -210,6 +224,7 @@ def distill(
     With `cache` what the teacher says is kept on the disk and read, for other calls too.
     Raises UserError for options that do not fit, and for an `output_dir` that holds another distillation.
     """
+    refuse_unending(train_dataset, args)
     config = method_config(method, method_options)
     chosen = find_method(config.name)
     student = starting_student(chosen, teacher, student)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig
 
+from layerdistill import evaluate
 from layerdistill.core.errors import UserError
-from layerdistill.core.fingerprint import fingerprint_model
-from layerdistill.data import fingerprint_dataset
+from layerdistill.core.fingerprint import fingerprint_files, fingerprint_model
+from layerdistill.data import collate, fingerprint_dataset
 from layerdistill.evaluate import chance_levels, kept_predictions, measure_costs, predict, save_predictions, scores
 from layerdistill.finetune import open_model
 from layerdistill.models import resolve_model_source
@@ -59,21 +61,29 @@ def answers(prepared: Prepared, name: str, model: nn.Module, split: str) -> pa.T
     def ask() -> pa.Table:
         return predict(model, rows, reader.collator, recipe.data.task, recipe.evaluation.batch_size, device)
 
-    if name != "teacher" or recipe.teacher is None or recipe.teacher.cache == "off":
+    section = recipe.teacher if name == "teacher" else None
+    if section is None or section.cache == "off" or section.trust_remote_code:  # code from elsewhere has no fingerprint
         return ask()
+    return kept_predictions(identity_of(model, reader, rows, recipe), ask)
+
+
+def identity_of(model: nn.Module, reader: Any, rows: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """Return all that the predictions of a model depend on, our own code among it."""
     described = model.config.to_dict() if isinstance(model.config, PreTrainedConfig) else {}
-    identity = {
+    return {
         "model": fingerprint_model(model),
         "class": type(model).__name__,
         "config": {name: value for name, value in described.items() if name != "_name_or_path"},
+        "attention": getattr(model.config, "_attn_implementation", None),
         "data": fingerprint_dataset(rows),
         "tokenizer": fingerprint_tokenizer(reader.tokenizer),
+        "padding": [recipe.data.padding, recipe.data.max_length],
         "task": recipe.data.task,
         "batch size": recipe.evaluation.batch_size,
-        "device": device.type,
-        "versions": [version(name) for name in ("layerdistill", "torch", "transformers")],
+        "device": PartialState().device.type,
+        "versions": [version(name) for name in ("torch", "transformers")],
+        "code": fingerprint_files([*sorted(Path(evaluate.__file__).parent.glob("*.py")), Path(collate.__file__)]),
     }
-    return kept_predictions(identity, ask)
 
 
 def folder_of(model: Any) -> Path | None:

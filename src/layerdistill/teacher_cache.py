@@ -97,12 +97,12 @@ class StageTeachers:
         if self.live is None or stage.teacher is not None or self.config is None or self.config.mode == "off":
             return self.live
         if not isinstance(self.given.datasets["train"], Sized):
-            return self.streamed()
+            return self.streamed(stage)
         epochs, steps = self.length_of(stage.training)
         needs = needs_during(stage.terms, math.ceil(epochs), steps)
         return self.source(needs, epochs)
 
-    def streamed(self) -> TeacherSource:
+    def streamed(self, stage: Stage) -> TeacherSource:
         """Return the teacher of a data set without a length; `auto` runs it, for no example may come twice."""
         assert self.live is not None and self.config is not None, "of() has seen to it"
         if self.config.mode == "auto":
@@ -110,22 +110,11 @@ class StageTeachers:
         folder = self.open()
         if self.config.mode == "fill":
             self.prepare(folder)
+        needs = needs_during(stage.terms, 1, stage_arguments(self.given, stage, self.given.folder).max_steps)
         cached = CachedTeacher(self.live, folder, self.language_model, only_cached=self.config.mode == "require")
-        return StreamedTeacher(cached, self.room)
-
-    def room(self, waiting: int) -> bool:
-        """Return whether a stream's cache may still grow, with `waiting` bytes not yet written, and say when not."""
-        assert self.config is not None, "of() has seen to it"
-        folder = self.open()
-        free = shutil.disk_usage(folder.folder).free
-        enough = folder.size + waiting <= self.config.gb * 1e9 and waiting <= SHARE_OF_DISK * free
-        if not enough:
-            self.given.console.print(
-                f"No more of the teacher is kept in {folder.folder} ({folder.size / 1e9:.3g} GB, {free / 1e9:.3g} GB "
-                f"are free, teacher.cache_gb allows {self.config.gb:g}): it is run for examples that are not there.",
-                highlight=False,
-            )
-        return enough
+        place = folder.folder if folder.folder.exists() else Path()
+        on_disk = folder.size + SHARE_OF_DISK * shutil.disk_usage(place).free
+        return StreamedTeacher(cached, needs, min(self.config.gb * 1e9, on_disk))
 
     def source(self, needs: Needs, epochs: float) -> TeacherSource | None:
         """Return what says `needs` for `epochs` passes, filled where it is to be."""
@@ -182,7 +171,7 @@ class StageTeachers:
             "teacher's class": type(model).__name__,
             "tokenizer": fingerprint_tokenizer(self.given.tokenizer),
         }
-        if not hasattr(data, "__len__"):
+        if not isinstance(self.given.datasets["train"], Sized):
             return {**teacher, "data": "any stream"}
         longest = max(len(ids) for ids in data["input_ids"])
         return {

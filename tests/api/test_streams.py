@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from tiny_models import tiny_model
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from toy import toy_dataset
 from toy_recipe import toy_tokenizer
 
 import layerdistill as ld
 from layerdistill.core.errors import UserError
-from layerdistill.signals import LiveTeacher
+from layerdistill.signals import LiveTeacher, cache_folder
 
 HEADS = {"bert": "sequence-classification", "gpt2": "causal-lm"}
 STEPS = 16
@@ -37,6 +40,21 @@ def trained(
     args = ld.LayerDistillationConfig(output_dir=str(folder), **given)
     ld.distill(teacher, student, data, method=method, args=args, processing_class=toy_tokenizer(), cache=cache)
     return student.state_dict()
+
+
+class Breaking(TorchIterableDataset):
+    """Rows again and again, until `after` of them were read."""
+
+    def __init__(self, rows: Any, after: int = sys.maxsize) -> None:
+        self.rows = list(rows)
+        self.left = after
+
+    def __iter__(self) -> Any:
+        for row in self.rows:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("the connection is gone")
+            yield row
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -104,14 +122,14 @@ def test_what_was_said_before_an_error_is_kept(tmp_path: Path, asked: list[int])
     data = data_of("sequence-classification")
 
     def broken() -> Any:
-        yield from data.select(range(12))
+        yield from data.select(range(24))
         raise RuntimeError("the stream broke off")
 
     cache = ld.CacheConfig("fill", folder=tmp_path / "cache")
     with pytest.raises(RuntimeError, match="broke off"):
         trained(tmp_path / "broken", IterableDataset.from_generator(broken), cache=cache)
     known = sum(asked)
-    assert known >= 8
+    assert known >= 16
     trained(tmp_path / "whole", data.to_iterable_dataset(), cache=cache)
     assert sum(asked) == 32
 
@@ -124,6 +142,50 @@ def test_a_cache_that_may_not_grow_leaves_the_rest_to_the_teacher(tmp_path: Path
     assert 32 < sum(asked) < 64
     for name, tensor in live.items():
         torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_disk_that_refuses_leaves_the_rest_to_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = data_of("sequence-classification").to_iterable_dataset()
+    live = trained(tmp_path / "live", stream)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_folder, "save_file", full)
+    assert same(live, trained(tmp_path / "full", stream, cache=ld.CacheConfig("fill", folder=tmp_path / "cache")))
+    assert "What the teacher said last is not kept" in caplog.text
+
+
+def test_maps_that_are_drawn_for_every_step_find_their_layers(tmp_path: Path, asked: list[int]) -> None:
+    stream = data_of("sequence-classification").to_iterable_dataset()
+    method = {"name": "ild", "layer_map": "random", "redraw": "batch"}
+    live = trained(tmp_path / "live", stream, method=method)
+    asked.clear()
+    cache = ld.CacheConfig("fill", "float32", tmp_path / "cache")
+    filled = trained(tmp_path / "fill", stream, method=method, cache=cache)
+    assert sum(asked) == 32, "the first pass keeps what any step will read"
+    for name, tensor in live.items():
+        torch.testing.assert_close(filled[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [6, 12])
+def test_a_resumed_stream_goes_on_where_it_was(stop: int, tmp_path: Path) -> None:
+    data = data_of("sequence-classification").select(range(30))  # no whole number of batches
+    whole = trained(tmp_path / "whole", Breaking(data), gradient_accumulation_steps=2)
+    arguments = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": stop}
+    with pytest.raises(RuntimeError, match="the connection is gone"):
+        trained(tmp_path / "stopped", Breaking(data, after=ld.api.FIRST_ROWS + (stop + 1) * 8), **arguments)
+    assert (tmp_path / "stopped" / "checkpoints" / "distill" / f"checkpoint-{stop}").is_dir()
+    assert same(whole, trained(tmp_path / "stopped", Breaking(data), **arguments))
+
+
+def test_a_folder_knows_its_stream(tmp_path: Path) -> None:
+    trained(tmp_path / "run", data_of("sequence-classification").to_iterable_dataset())
+    other = toy_dataset("sequence-classification", size=32, seed=5).to_iterable_dataset()
+    with pytest.raises(UserError, match=r"state of another distillation \(data were"):
+        trained(tmp_path / "run", other)
 
 
 def test_auto_runs_the_teacher_of_a_stream(tmp_path: Path, asked: list[int]) -> None:

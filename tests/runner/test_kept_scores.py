@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from toy_recipe import toy_recipe
 
 from layerdistill import measurement
@@ -52,6 +53,24 @@ def test_the_teacher_is_asked_for_the_test_split_once(tmp_path: Path, asked: lis
     other = finished(tmp_path, "third", evaluation={"metrics": ["macro_f1"]})
     assert 4 not in asked[len(blocks) :], "another metric is computed from what was said"
     assert set(other.teacher_metrics) == {"macro_f1"}
+
+
+def test_another_teacher_reader_or_batch_asks_anew(tmp_path: Path, asked: list[Any]) -> None:
+    finished(tmp_path, "first")
+    for number, changes in enumerate(
+        (
+            {"evaluation": {"batch_size": 3}},
+            {"teacher": {"attn_implementation": "eager"}},
+            {"data": {**toy_recipe(tmp_path)["data"], "padding": "max_length"}},
+        )
+    ):
+        finished(tmp_path, f"other-{number}", **changes)
+        assert asked.count(4) == number + 2, f"{changes}"
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights["classifier.bias"] += 0.5
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    finished(tmp_path, "moved")
+    assert asked.count(4) == 5
 
 
 def test_another_test_split_or_no_cache_asks_anew(tmp_path: Path, asked: list[Any]) -> None:

@@ -20,6 +20,9 @@ from layerdistill.signals.taps import stack_of
 SHARD_BYTES = 2**26
 """Bytes of signals, as the teacher gives them, after which a shard is written: what a kill may lose."""
 
+SHARD_EXAMPLES = 2**16
+"""Examples after which a shard is written, however little is kept of each."""
+
 FINAL = LayerRef("", -1)
 
 CHANGED = (
@@ -176,7 +179,7 @@ class Filler:
             self.close()  # a shard holds the same of each example
         self.waiting.update(found)
         self.size += sum(rows.nbytes for one in found.values() for rows in one.values())
-        if self.size >= SHARD_BYTES:
+        if self.size >= SHARD_BYTES or len(self.waiting) >= SHARD_EXAMPLES:
             self.close()
 
     def close(self) -> None:

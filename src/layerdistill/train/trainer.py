@@ -34,6 +34,7 @@ from layerdistill.train.composite import Composite, term_of
 from layerdistill.train.config import TERM_GRADIENT_STEPS, count_epochs
 from layerdistill.train.fused_predictions import fused_predictions
 from layerdistill.train.sampler import EpochSampler
+from layerdistill.train.stream import endless
 from layerdistill.train.term_log import TermLog
 from layerdistill.train.units import count_of, sum_units
 
@@ -69,7 +70,7 @@ class StageTrainer(Trainer):
         self.step_counts: Tensor | None = None
         self.epoch_sampler: EpochSampler | None = None
         self.partial_folder: Path | None = None
-        refuse_endless(args, train_dataset)
+        train_dataset = endless(train_dataset, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
@@ -346,15 +347,6 @@ def hidden_bars() -> Iterator[None]:
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def refuse_endless(args: TrainingArguments, train_dataset: Any) -> None:
-    """Raise UserError for a data set without a length and no number of steps."""
-    if train_dataset is not None and not isinstance(train_dataset, Sized) and args.max_steps <= 0:
-        raise UserError(
-            f"train_dataset is a {type(train_dataset).__name__}, which has no length, so the number of steps must be "
-            "given: args.max_steps."
-        )
 
 
 def as_columns(dataset: Any, columns: Sequence[str]) -> Any:
