@@ -1,10 +1,13 @@
-"""What is kept for several runs (fine-tuned teachers, caches) lies in a folder of this test session, not the user's."""
+"""Fixtures of all tests; what is kept for several runs (teachers, caches) lies in a folder of the session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from layerdistill.signals import LiveTeacher
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,3 +16,17 @@ def layerdistill_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     patch.setenv("LAYERDISTILL_HOME", str(tmp_path_factory.mktemp("home")))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def teacher_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of examples each time that the live teacher is run."""
+    runs: list[int] = []
+    signal = LiveTeacher.signal
+
+    def counted(self: LiveTeacher, batch: Any, needs: Any) -> Any:
+        runs.append(len(batch["input_ids"]))
+        return signal(self, batch, needs)
+
+    monkeypatch.setattr(LiveTeacher, "signal", counted)
+    return runs

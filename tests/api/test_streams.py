@@ -17,7 +17,7 @@ from toy_recipe import toy_tokenizer
 
 import layerdistill as ld
 from layerdistill.core.errors import UserError
-from layerdistill.signals import LiveTeacher, cache_folder
+from layerdistill.signals import cache_folder
 
 HEADS = {"bert": "sequence-classification", "gpt2": "causal-lm"}
 STEPS = 16
@@ -61,20 +61,6 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of examples each time that the live teacher is run."""
-    runs: list[int] = []
-    signal = LiveTeacher.signal
-
-    def counted(self: LiveTeacher, batch: Any, needs: Any) -> Any:
-        runs.append(len(batch["input_ids"]))
-        return signal(self, batch, needs)
-
-    monkeypatch.setattr(LiveTeacher, "signal", counted)
-    return runs
-
-
 @pytest.mark.parametrize("family", list(HEADS))
 def test_a_stream_trains_the_student_that_a_list_trains(family: str, tmp_path: Path) -> None:
     data = data_of(HEADS[family])
@@ -86,39 +72,41 @@ def test_a_stream_trains_the_student_that_a_list_trains(family: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("family", "method"), [("bert", "ild"), ("bert", "rail_kd"), ("gpt2", "kd"), ("gpt2", "cka")])
-def test_the_teacher_is_run_once_for_each_example(family: str, method: str, tmp_path: Path, asked: list[int]) -> None:
+def test_the_teacher_is_run_once_for_each_example(
+    family: str, method: str, tmp_path: Path, teacher_runs: list[int]
+) -> None:
     stream = data_of(HEADS[family]).to_iterable_dataset()
     live = trained(tmp_path / "live", stream, family, method)
-    assert sum(asked) == 64
-    asked.clear()
+    assert sum(teacher_runs) == 64
+    teacher_runs.clear()
     cache = ld.CacheConfig("fill", "float32", tmp_path / "cache")
     filled = trained(tmp_path / "fill", stream, family, method, cache)
-    assert sum(asked) == 32, "the second pass is read"
-    asked.clear()
+    assert sum(teacher_runs) == 32, "the second pass is read"
+    teacher_runs.clear()
     again = trained(tmp_path / "again", stream, family, method, cache)
     only = trained(
         tmp_path / "require", stream, family, method, ld.CacheConfig("require", "float32", tmp_path / "cache")
     )
-    assert asked == []
+    assert teacher_runs == []
     for name, tensor in live.items():
         torch.testing.assert_close(filled[name], tensor, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
     assert same(again, only)
 
 
-def test_examples_that_come_later_are_added(tmp_path: Path, asked: list[int]) -> None:
+def test_examples_that_come_later_are_added(tmp_path: Path, teacher_runs: list[int]) -> None:
     data = data_of("sequence-classification")
     cache = ld.CacheConfig("fill", folder=tmp_path / "cache")
     trained(tmp_path / "first", data.select(range(20)).to_iterable_dataset(), cache=cache)
-    assert sum(asked) == 20
+    assert sum(teacher_runs) == 20
     trained(tmp_path / "second", data.to_iterable_dataset(), cache=cache)
-    assert sum(asked) == 32, "the first twenty are known, whatever stream they come in"
+    assert sum(teacher_runs) == 32, "the first twenty are known, whatever stream they come in"
     more = toy_dataset("sequence-classification", size=8, seed=9).to_iterable_dataset()
     with pytest.raises(UserError, match="lacks some examples of the stream"):
         trained(tmp_path / "third", more, cache=ld.CacheConfig("require", folder=tmp_path / "cache"))
 
 
-def test_what_was_said_before_an_error_is_kept(tmp_path: Path, asked: list[int]) -> None:
+def test_what_was_said_before_an_error_is_kept(tmp_path: Path, teacher_runs: list[int]) -> None:
     data = data_of("sequence-classification")
 
     def broken() -> Any:
@@ -128,18 +116,18 @@ def test_what_was_said_before_an_error_is_kept(tmp_path: Path, asked: list[int])
     cache = ld.CacheConfig("fill", folder=tmp_path / "cache")
     with pytest.raises(RuntimeError, match="broke off"):
         trained(tmp_path / "broken", IterableDataset.from_generator(broken), cache=cache)
-    known = sum(asked)
+    known = sum(teacher_runs)
     assert known >= 16
     trained(tmp_path / "whole", data.to_iterable_dataset(), cache=cache)
-    assert sum(asked) == 32
+    assert sum(teacher_runs) == 32
 
 
-def test_a_cache_that_may_not_grow_leaves_the_rest_to_the_teacher(tmp_path: Path, asked: list[int]) -> None:
+def test_a_cache_that_may_not_grow_leaves_the_rest_to_the_teacher(tmp_path: Path, teacher_runs: list[int]) -> None:
     stream = data_of("sequence-classification").to_iterable_dataset()
     live = trained(tmp_path / "live", stream)
-    asked.clear()
+    teacher_runs.clear()
     small = trained(tmp_path / "small", stream, cache=ld.CacheConfig("fill", "float32", tmp_path / "cache", gb=1e-5))
-    assert 32 < sum(asked) < 64
+    assert 32 < sum(teacher_runs) < 64
     for name, tensor in live.items():
         torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5)
 
@@ -158,14 +146,14 @@ def test_a_disk_that_refuses_leaves_the_rest_to_the_teacher(
     assert "What the teacher said last is not kept" in caplog.text
 
 
-def test_maps_that_are_drawn_for_every_step_find_their_layers(tmp_path: Path, asked: list[int]) -> None:
+def test_maps_that_are_drawn_for_every_step_find_their_layers(tmp_path: Path, teacher_runs: list[int]) -> None:
     stream = data_of("sequence-classification").to_iterable_dataset()
     method = {"name": "ild", "layer_map": "random", "redraw": "batch"}
     live = trained(tmp_path / "live", stream, method=method)
-    asked.clear()
+    teacher_runs.clear()
     cache = ld.CacheConfig("fill", "float32", tmp_path / "cache")
     filled = trained(tmp_path / "fill", stream, method=method, cache=cache)
-    assert sum(asked) == 32, "the first pass keeps what any step will read"
+    assert sum(teacher_runs) == 32, "the first pass keeps what any step will read"
     for name, tensor in live.items():
         torch.testing.assert_close(filled[name], tensor, atol=1e-6, rtol=1e-5)
 
@@ -188,12 +176,12 @@ def test_a_folder_knows_its_stream(tmp_path: Path) -> None:
         trained(tmp_path / "run", other)
 
 
-def test_auto_runs_the_teacher_of_a_stream(tmp_path: Path, asked: list[int]) -> None:
+def test_auto_runs_the_teacher_of_a_stream(tmp_path: Path, teacher_runs: list[int]) -> None:
     trained(
         tmp_path / "auto", data_of("sequence-classification").to_iterable_dataset(),
         cache=ld.CacheConfig(folder=tmp_path / "cache"),
     )  # fmt: skip
-    assert sum(asked) == 64 and not (tmp_path / "cache").exists()
+    assert sum(teacher_runs) == 64 and not (tmp_path / "cache").exists()
 
 
 def test_a_stream_is_refused_where_its_end_is_needed(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from layerdistill.models import make_student
 from layerdistill.plan import show_plan
 from layerdistill.recipe import load_recipe
 from layerdistill.runner import run
-from layerdistill.signals import LiveTeacher
 
 LONG = {
     "max_steps": 24, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 24, "logging_steps": 6,
@@ -46,20 +45,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def losses(folder: Path) -> list[float]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-
-
-@pytest.fixture
-def teacher_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of examples each time that the live teacher is run."""
-    runs: list[int] = []
-    signal = LiveTeacher.signal
-
-    def counted(self: LiveTeacher, batch: Any, needs: Any) -> Any:
-        runs.append(len(batch["input_ids"]))
-        return signal(self, batch, needs)
-
-    monkeypatch.setattr(LiveTeacher, "signal", counted)
-    return runs
 
 
 @pytest.mark.parametrize("method", ["kd", "ild", "cka", "rail_kd", "ted"])

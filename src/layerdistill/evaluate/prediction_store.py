@@ -26,7 +26,7 @@ def kept_predictions(identity: Mapping[str, Any], ask: Callable[[], pa.Table]) -
         if checksum.read_text(encoding="utf-8") == fingerprint_files([table]):
             return pq.read_table(table)
     except (OSError, UnicodeDecodeError):
-        pass
+        pass  # not kept yet, or broken: the model is asked
     said = ask()
     try:
         save_predictions(said, table)
