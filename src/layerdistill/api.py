@@ -164,6 +164,7 @@ class LayerDistillationTrainer(StageTrainer):
         **options: Any,
     ) -> None:
         args = args or LayerDistillationConfig(output_dir="runs/trainer")
+        refuse_unending(train_dataset, args)
         config = method_config(method, method_options or {})
         pair = make_pair(teacher_model, model, args.seed)
         chosen = find_method(config.name)

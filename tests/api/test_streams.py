@@ -188,6 +188,12 @@ def test_a_stream_is_refused_where_its_end_is_needed(tmp_path: Path) -> None:
     stream = data_of("sequence-classification").to_iterable_dataset()
     with pytest.raises(UserError, match="has no length, so the number of steps must be given"):
         trained(tmp_path / "endless", stream, max_steps=-1)
+    models = [tiny_model("bert", "sequence-classification", num_layers=blocks) for blocks in (2, 4)]
+    args = ld.LayerDistillationConfig(output_dir=str(tmp_path / "trainer"), use_cpu=True)
+    cache = ld.CacheConfig("fill", folder=tmp_path / "cache")
+    with pytest.raises(UserError, match="has no length, so the number of steps must be given"):
+        ld.LayerDistillationTrainer(*models, "ild", args, stream, cache=cache)
+    assert not (tmp_path / "cache").exists(), "refused before anything is made"
     recorded = {"name": "ted", "stage_one": {"max_steps": 4}}
     with pytest.raises(UserError, match="what a model says about all of it was to be recorded"):
         trained(tmp_path / "ted", stream, method=recorded)
