@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
+from layerdistill.matching.directions import direction_distances
 from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_rows, same_rows, summed, upcast
 
 Normalise = Literal["concatenation", "layer", "none"]
@@ -56,19 +57,11 @@ def _distance(student: Tensor, teacher: Tensor, normalise: Normalise) -> Mean:
     """Return the mean over tokens for two `(tokens, pairs, features)` tensors."""
     s, t = in_one_dtype(student, teacher)
     if normalise == "layer":
-        return summed((_directions(s) - _directions(t)).square().sum(-1).mean(-1))
+        return summed(direction_distances(s, t, EPSILON)[0].mean(-1))
     s, t = s.flatten(1), t.flatten(1)
     if normalise == "none":
         return summed(torch.linalg.vector_norm(s - t, dim=-1))
-    return summed((_directions(s) - _directions(t)).square().sum(-1))
-
-
-def _directions(rows: Tensor) -> Tensor:
-    square = rows.square().sum(-1, keepdim=True)
-    # Written with <=, which is false for NaN, so that a NaN in a real token is not turned into a zero vector.
-    without = square <= EPSILON**2
-    norm = torch.where(without, torch.ones_like(square), square).sqrt()
-    return torch.where(without, torch.zeros_like(rows), rows / norm)
+    return summed(direction_distances(s, t, EPSILON)[0])
 
 
 def _refuse_unequal(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
+from layerdistill.matching.directions import direction_distances
 from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_row_numbers, real_rows, same_rows, summed
 
 LAYER_NORM_EPS = 1e-5
@@ -65,10 +66,9 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) ->
     0 (a loss of 1), and it receives no gradient. Source: DistilBERT (Sanh et al. 2019), cosine embedding loss.
     Raises UserError when shapes differ.
     """
-    s, t = (directions(side) for side in _token_pairs(student, teacher, mask))
-    without_direction = (~s.any(-1)).to(s.dtype) + (~t.any(-1)).to(t.dtype)
+    distances, missing = direction_distances(*_token_pairs(student, teacher, mask))
     # Half the squared distance of unit vectors, because 1 - <s, t> would leave a rounding error at equality.
-    return summed(((s - t).square().sum(-1) + without_direction) / 2)
+    return summed((distances + missing) / 2)
 
 
 @in_full_precision
@@ -82,8 +82,7 @@ def normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     Source: LoRAILD (Suzuki et al. 2025), per layer and over real tokens only; their code normalises the concatenation
     of all layers and averages over padding too. Raises UserError when shapes differ.
     """
-    s, t = (directions(side) for side in _token_pairs(student, teacher, mask))
-    return summed((s - t).square().sum(-1))
+    return summed(direction_distances(*_token_pairs(student, teacher, mask))[0])
 
 
 @in_full_precision
@@ -95,10 +94,9 @@ def padded_normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None 
     real token weighs less the more padding there is; not for anything else. What stands in padding reaches the value
     and the gradient. Raises UserError when shapes differ.
     """
-    s, t = (directions(side) for side in _token_pairs(student, teacher, None))
-    positions = s.shape[0]
-    real = s.new_tensor(real_row_numbers(student, mask).shape[0])
-    distances = (s - t).square().sum(-1)
+    distances, _ = direction_distances(*_token_pairs(student, teacher, None))
+    positions = distances.shape[0]
+    real = distances.new_tensor(real_row_numbers(student, mask).shape[0])
     return Mean(distances.sum() * (real / max(positions, 1)).square(), real)
 
 
@@ -129,12 +127,3 @@ def _token_pairs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple
         )
     same_rows(student, teacher)
     return in_one_dtype(real_rows(student, mask), real_rows(teacher.detach(), mask))
-
-
-def directions(rows: Tensor) -> Tensor:
-    """Return each row of `(rows, features)` divided by its L2 norm; a zero row stays zero and gets no gradient."""
-    square = rows.square().sum(-1, keepdim=True)
-    # Written with <=, which is false for NaN, so that a NaN in a real token is not turned into a zero vector.
-    without = square <= torch.finfo(rows.dtype).tiny
-    norm = torch.where(without, torch.ones_like(square), square).sqrt()
-    return torch.where(without, torch.zeros_like(rows), rows / norm)

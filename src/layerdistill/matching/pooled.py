@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
-from layerdistill.matching.hidden import directions
+from layerdistill.matching.directions import directions
 from layerdistill.matching.rows import in_full_precision, in_one_dtype, summed, upcast
 
 
