@@ -182,6 +182,7 @@ def signals_in_words(needs: Needs) -> str:
     layers = [", ".join(map(str, sorted(found))) for found in (needs.teacher, needs.teacher_averages)]
     said = [f"layers {layers[0]}"] * bool(layers[0]) + [f"averages of layers {layers[1]}"] * bool(layers[1])
     said += [f"{len(needs.teacher_taps)} inputs of projections"] * bool(needs.teacher_taps)
+    said += [f"its {which.k} likeliest tokens" for which in needs.teacher_top]
     return "; ".join(said + ["logits"] * needs.teacher_logits)
 
 

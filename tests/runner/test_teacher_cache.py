@@ -239,3 +239,22 @@ def test_python_code_gets_the_same_cache(tmp_path: Path, teacher_runs: list[int]
     )
     trainer.train()
     assert sum(teacher_runs) == 32
+
+
+@pytest.mark.parametrize("method", ["kd", "ild"])
+def test_likeliest_tokens_of_a_cached_teacher_teach_what_those_of_a_live_one_do(method: str, tmp_path: Path) -> None:
+    found: dict[str, list[float]] = {}
+    for name, cache in [("live", None), ("cached", ld.CacheConfig("fill", "float32", folder=tmp_path / "cache"))]:
+        teacher = tiny_model("llama", "causal-lm", seed=5)
+        student = make_student(teacher, num_blocks=2)
+        args = ld.LayerDistillationConfig(
+            output_dir=str(tmp_path / name), max_steps=24, per_device_train_batch_size=8, logging_steps=4, seed=3
+        )
+        trainer = ld.LayerDistillationTrainer(
+            student, teacher, {"name": method, "logits_top_k": 4}, args, toy_dataset("causal-lm", 32), cache=cache,
+            processing_class=toy_tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        found[name] = [line["distill/logits"] for line in trainer.state.log_history if "distill/logits" in line]
+    assert len(found["live"]) == 6
+    assert found["cached"] == pytest.approx(found["live"], rel=1e-4)

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from torch import Tensor
 from toy import ToyCollator, toy_rows
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import LayerRef, Needs, Tap
+from layerdistill.core.types import LayerRef, Needs, Tap, TopK
 from layerdistill.models.projections import find_projections
 from layerdistill.signals import LiveTeacher
 from layerdistill.signals.cache_folder import CacheFolder
 from layerdistill.signals.cache_rows import StoredDtype
+from layerdistill.signals.cache_size import cached_bytes
 from layerdistill.signals.cached_teacher import CachedTeacher, lay_out
 
 LAYERS = frozenset({LayerRef("", 0), LayerRef("", 2), LayerRef("", -1)})
@@ -168,3 +170,36 @@ def test_a_language_model_whose_head_is_not_known_is_not_cached(tmp_path: Path) 
     assert cached.names(Needs(teacher=frozenset({LayerRef("", 2)}))) == ["2"]
     with pytest.raises(UserError, match=r"Write teacher\.cache: off"):
         cached.names(Needs(teacher_logits=True))
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("opt", {"word_embed_proj_dim": 16})])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_likeliest_tokens_are_the_live_ones_and_take_what_was_quoted(
+    family: str, options: dict[str, Any], dtype: StoredDtype, tmp_path: Path
+) -> None:
+    model, rows = tiny_model(family, "causal-lm", **options), toy_rows("causal-lm", size=40, seed=2)
+    which = TopK(5, 2.0, 50)
+    cached, needs = cached_teacher(tmp_path / "c", model, dtype), Needs(teacher_top=frozenset({which}))
+    cached.fill(batches(rows), needs)
+    for batch in batches(random.Random(3).sample(rows, len(rows)), 5):
+        found, live = cached.signal(batch, needs).top[which], LiveTeacher(model).signal(batch, needs).top[which]
+        real = batch["attention_mask"].bool()
+        assert torch.equal(found.ids[real], live.ids[real])
+        within = 2e-6 if dtype == "float32" else 2**-10
+        ours, theirs = found.log_probabilities[real], live.log_probabilities[real]
+        torch.testing.assert_close(ours, theirs, rtol=within, atol=within)
+    lengths = [len(ids) for ids in {tuple(row["input_ids"]) for row in rows}]
+    written = sum(tensor.nbytes for tensor in load_file(next((tmp_path / "c").glob("*.safetensors"))).values())
+    assert cached_bytes(needs, model, dtype, lengths, True) == written
+
+
+def test_likeliest_tokens_are_added_to_a_cache_and_another_k_or_temperature_is_another(tmp_path: Path) -> None:
+    model, rows = tiny_model("gpt2", "causal-lm"), toy_rows("causal-lm", size=8, seed=2)
+    cached = cached_teacher(tmp_path / "c", model)
+    cached.fill(batches(rows), Needs(teacher=frozenset({LayerRef("", 2)})))
+    first, second = (Needs(teacher_top=frozenset({TopK(4, temperature)})) for temperature in (1.0, 2.0))
+    cached.fill(batches(rows), first)
+    only = cached_teacher(tmp_path / "c", model, only_cached=True)
+    assert only.signal(batches(rows)[0], first).top
+    with pytest.raises(UserError, match=r"lacks log_probabilities:4:2\.0:all, tokens:4:2\.0:all"):
+        only.fill(batches(rows), second)

@@ -127,6 +127,24 @@ def test_every_divergence_with_weights_and_a_padded_vocabulary(loss: str) -> Non
     assert_same_step(composites(student, teacher, "kd", logits_loss=loss, weights=weights), batch_of())
 
 
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy"])
+def test_likeliest_tokens_in_place_of_the_teachers_logits(loss: str) -> None:
+    student, teacher = model_of("gpt2", 2, 16, 1, vocab_size=72), model_of("gpt2", 4, 32, 2)
+    options = {"logits_loss": loss, "logits_top_k": 5, "temperature": 3.0, "weights": {"task": 0.3, "logits": 0.7}}
+    both = composites(student, teacher, "kd", **options)
+    assert_same_step(both, batch_of())
+    needs = both[1][0].needs(START)
+    assert not needs.teacher, "its states are not needed, nor its head"
+    assert {which.k for which in needs.teacher_top} == {5}
+
+
+def test_likeliest_tokens_of_a_teacher_whose_head_is_not_known_are_fused_too() -> None:
+    student = model_of("gpt2", 2, 16, 1)
+    teacher = tiny_model("opt", "causal-lm", hidden_size=32, word_embed_proj_dim=16, seed=2).double()
+    assert LiveTeacher(teacher).head is None
+    assert_same_step(composites(student, teacher, "kd", logits_top_k=5), batch_of())
+
+
 def test_dropout_draws_the_same_numbers() -> None:
     dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
     student, teacher = pair_of("gpt2", **dropout)

@@ -65,12 +65,34 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class TopTokens:
+    """The likeliest tokens of each position, and how likely they and all others together are.
+
+    `ids` is `(..., k)`, int64, the likeliest first; `log_probabilities` `(..., k + 1)`, float32, holds theirs and, at
+    the end, that of all other tokens together.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Which likeliest tokens: the `k` first, at a temperature, of the first `vocab_size` tokens (None: of all)."""
+
+    k: int
+    temperature: float = 1.0
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
 class Signal:
     """What a model says about a batch.
 
     `logits` is `(batch, classes)` or `(batch, seq, vocab)`. `hidden[layer]` is `(batch, seq, hidden)`. `masks[stack]`
     is `(batch, seq)`, 1 on real tokens and 0 on padding. `taps[tap]` is `(batch, seq, features)`. `averages[layer]` is
-    `(batch, hidden)`, the mean of a layer over each example's real tokens.
+    `(batch, hidden)`, the mean of a layer over each example's real tokens. `top[what]` are the likeliest tokens of each
+    position, `(batch, seq, k)`; on padding they say nothing.
     """
 
     logits: Tensor | None
@@ -78,6 +100,7 @@ class Signal:
     masks: Mapping[StackName, Tensor]
     taps: Mapping[Tap, Tensor] = field(default_factory=dict)
     averages: Mapping[LayerRef, Tensor] = field(default_factory=dict)
+    top: Mapping[TopK, TopTokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +127,8 @@ class Mean:
 class Needs:
     """Which signals a term asks for; the trainer captures these and nothing else.
 
-    `teacher_averages` are layers of which a term reads no more than each example's mean over its real tokens. A term
+    `teacher_averages` are layers of which a term reads no more than each example's mean over its real tokens,
+    `teacher_top` which likeliest tokens it reads in place of a language model's logits. A term
     that reads the student's logits says so, because where none does those of a language model are not made.
     """
 
@@ -115,6 +139,7 @@ class Needs:
     teacher_taps: frozenset[Tap] = frozenset()
     teacher_averages: frozenset[LayerRef] = frozenset()
     student_logits: bool = False
+    teacher_top: frozenset[TopK] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -125,12 +150,14 @@ class Needs:
             self.teacher_taps | other.teacher_taps,
             self.teacher_averages | other.teacher_averages,
             self.student_logits or other.student_logits,
+            self.teacher_top | other.teacher_top,
         )
 
     @property
     def teacher_at_all(self) -> bool:
         """Whether the teacher has to be run."""
-        return self.teacher_logits or bool(self.teacher or self.teacher_taps or self.teacher_averages)
+        read = self.teacher or self.teacher_taps or self.teacher_averages or self.teacher_top
+        return self.teacher_logits or bool(read)
 
 
 @dataclass(frozen=True)

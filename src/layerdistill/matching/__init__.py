@@ -31,6 +31,7 @@ from layerdistill.matching.logits import (
 )
 from layerdistill.matching.pooled import direction_distance, mean_over_tokens
 from layerdistill.matching.projection import Projections
+from layerdistill.matching.top_k import likeliest_tokens, top_k_divergence
 from layerdistill.matching.vocabulary_head import VocabularyHead
 from layerdistill.matching.vocabulary_loss import vocabulary_losses
 
@@ -55,6 +56,7 @@ __all__ = [
     "layer_angles",
     "layer_map",
     "layer_norm_mse",
+    "likeliest_tokens",
     "linear_cka",
     "logit_mse",
     "map_rows",
@@ -66,5 +68,6 @@ __all__ = [
     "padded_normalised_mse",
     "reverse_kl",
     "soft_cross_entropy",
+    "top_k_divergence",
     "vocabulary_losses",
 ]

@@ -11,6 +11,8 @@ equal tokens, which the caller must know; only the sizes are looked at here.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +28,8 @@ from layerdistill.matching.rows import (
     summed,
 )
 from layerdistill.matching.wide_rows import cross_entropy_of_rows, kl_of_rows
+
+Divergence = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy"]
 
 LOWEST_LOG_PROBABILITY = -100.0
 """What `reverse_kl` reads where the teacher's logit is minus infinity; the true value would make the loss infinite."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Mean
+from layerdistill.core.types import Mean, TopK, TopTokens
+from layerdistill.matching.logits import Divergence
 from layerdistill.matching.rows import autocast_dtype, in_full_precision
 from layerdistill.matching.vocabulary_head import HeadGradients, Projection, VocabularyHead
-from layerdistill.matching.vocabulary_rows import Divergence, RowLosses, cap_, through_cap_
+from layerdistill.matching.vocabulary_rows import RowLosses, cap_, through_cap_
 
 FEWEST_ROWS = 128
 """Tokens in a chunk, where the vocabulary is large: enough for matrix products at full speed."""
@@ -44,6 +45,8 @@ class VocabularyPart:
     divergence: Divergence = "forward_kl"
     temperature: float = 1.0
     vocab_size: int | None = None
+    top: TopK | None = None
+    """What is read of the teacher in place of its states, if only its likeliest tokens are."""
 
 
 def vocabulary_losses(
@@ -52,6 +55,7 @@ def vocabulary_losses(
     labels: Tensor,
     teacher_rows: Tensor | None = None,
     teacher_head: VocabularyHead | None = None,
+    teacher_top: TopTokens | None = None,
     *,
     task_weight: float | None = 1.0,
     logits_weight: float = 1.0,
@@ -62,26 +66,20 @@ def vocabulary_losses(
     """Return the cross-entropy with `labels` and `T^2` times the divergence from the teacher, summed over rows.
 
     `student_rows` and `teacher_rows` are `(n, hidden)` of either model, as they enter its head, and `labels` `(n,)`:
-    only rows with a label are given. The first mean is None where `task_weight` is, the second without a teacher. The
-    weights are what the two will be multiplied by; they change no value. Gradients in that ratio are made in the
-    forward pass, and made anew in the backward pass when another ratio comes back (to see it costs a host
-    synchronisation). They reach the student's rows, weight and bias; once differentiable.
+    only rows with a label are given. In place of the teacher's rows and head there may be its likeliest tokens of each
+    row, `teacher_top`, at this temperature (see `top_k`); its head is then not needed. The first mean is None where
+    `task_weight` is, the second without a teacher. The weights are what the two will be multiplied by; they change no
+    value. Gradients in that ratio are made in the forward pass, and made anew in the backward pass when another ratio
+    comes back (to see it costs a host synchronisation). They reach the student's rows, weight and bias; once
+    differentiable.
 
     `divergence` and `vocab_size` are as in `logits.py`. Matrix products are made in autocast's dtype or the weight's,
     the rest in float32 (float64 if a head's is). Raises UserError for shapes and settings that do not fit.
     """
     width = _compared_width(student_head, teacher_head, temperature, vocab_size)
-    if (teacher_rows is None) != (teacher_head is None):
-        raise UserError(
-            "of teacher_rows and teacher_head only one is given: give both, or neither for the labels alone."
-        )
-    # Without a teacher its rows are of width 0, and nobody reads them.
+    known = _refuse_unfitting(student_rows, labels, teacher_rows, teacher_head, teacher_top)
+    # Without them the teacher's rows are of width 0, and nobody reads them.
     teacher_rows = student_rows[:, :0].detach() if teacher_rows is None else teacher_rows.detach()
-    if labels.shape != student_rows.shape[:1] or len(teacher_rows) != len(labels):
-        raise UserError(
-            f"there are {len(student_rows)} rows of the student, {len(teacher_rows)} of the teacher and labels of the "
-            f"shape {tuple(labels.shape)}: give one of each per token."
-        )
     rows, head = student_head.without_scale(student_rows)
     if teacher_head is not None:
         teacher_rows, teacher_head = teacher_head.without_scale(teacher_rows)
@@ -89,7 +87,8 @@ def vocabulary_losses(
         labels.to(rows.device) if task_weight is not None else None,
         teacher_rows,
         teacher_head,
-        (task_weight or 0.0, logits_weight if teacher_head is not None else 0.0),
+        teacher_top,
+        (task_weight or 0.0, logits_weight if known else 0.0),
         (product_dtype(head.weight), product_dtype((teacher_head or head).weight)),
         head.cap,
         divergence,
@@ -103,8 +102,31 @@ def vocabulary_losses(
     count = task.new_tensor(len(labels))
     return (
         Mean(task, count) if task_weight is not None else None,
-        Mean(logits, count) if teacher_head is not None else None,
+        Mean(logits, count) if known else None,
     )
+
+
+def _refuse_unfitting(
+    student_rows: Tensor,
+    labels: Tensor,
+    teacher_rows: Tensor | None,
+    teacher_head: VocabularyHead | None,
+    teacher_top: TopTokens | None,
+) -> bool:
+    """Return whether there is a teacher; raises UserError where it is said by halves or twice, or of other rows."""
+    if (teacher_rows is None) != (teacher_head is None):
+        raise UserError(
+            "of teacher_rows and teacher_head only one is given: give both, or neither for the labels alone."
+        )
+    if teacher_top is not None and teacher_rows is not None:
+        raise UserError("teacher_rows and teacher_top are both given: give one of them.")
+    theirs = teacher_rows if teacher_top is None else teacher_top.ids
+    if labels.shape != student_rows.shape[:1] or (theirs is not None and len(theirs) != len(labels)):
+        raise UserError(
+            f"there are {len(student_rows)} rows of the student, {0 if theirs is None else len(theirs)} of the teacher "
+            f"and labels of the shape {tuple(labels.shape)}: give one of each per token."
+        )
+    return theirs is not None
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,7 @@ class _Work:
     labels: Tensor | None
     teacher_rows: Tensor
     teacher: VocabularyHead | None
+    likeliest: TopTokens | None
     weights: Weights
     dtypes: tuple[torch.dtype, torch.dtype]
     cap: float | None
@@ -160,7 +183,10 @@ class _Work:
             values[0] = losses.cross_entropy(logits, self.labels[place], slope, weights[0])
         else:
             slope.zero_()
-        if teacher is not None and self.teacher is not None:
+        if self.likeliest is not None:
+            top = TopTokens(self.likeliest.ids[place], self.likeliest.log_probabilities[place])
+            values[1] = losses.divergence_of_likeliest(logits, top, slope, weights[1])
+        elif teacher is not None and self.teacher is not None:
             values[1] = losses.divergence(logits, cap_(teacher, self.teacher.cap), slope, weights[1])
         through_cap_(slope, logits, self.cap)
 

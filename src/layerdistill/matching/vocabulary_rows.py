@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from layerdistill.matching.logits import LOWEST_LOG_PROBABILITY
-
-Divergence = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy"]
+from layerdistill.core.types import TopTokens
+from layerdistill.matching.logits import LOWEST_LOG_PROBABILITY, Divergence
+from layerdistill.matching.top_k import divergence_of_outcomes
 
 Difference = tuple[Tensor, Tensor]
 """A divergence of each row, `(n,)`, and its slope in the student's softened logits, `(n, width)`."""
@@ -26,6 +24,7 @@ class RowLosses:
         self, divergence: Divergence, temperature: float, width: int, slope: Tensor, teacher_excludes: bool
     ) -> None:
         """`teacher_excludes` says that logits of the teacher may be minus infinity, as a bias can make them."""
+        self.name = divergence
         self.temperature = temperature
         self.width = width
         self.difference = {
@@ -52,6 +51,22 @@ class RowLosses:
         ours = torch.softmax(softened, -1, out=self.ours[: len(logits)])
         theirs = torch.softmax(teacher.div_(self.temperature), -1, out=self.theirs[: len(logits)])
         values, direction = self.difference(softened, teacher, ours, theirs)
+        slope[:, : self.width].add_(direction, alpha=weight * self.temperature)
+        return values.mul_(self.temperature**2)
+
+    def divergence_of_likeliest(self, logits: Tensor, teacher: TopTokens, slope: Tensor, weight: float) -> Tensor:
+        """Return `T^2` times the divergence over a teacher's likeliest tokens, `(n,)`, and add its slope."""
+        softened = torch.div(logits[:, : self.width], self.temperature, out=self.softened[: len(logits)])
+        ours = torch.softmax(softened, -1, out=self.ours[: len(logits)])
+        log_kept = softened.gather(1, teacher.ids) - _log_normaliser(softened, ours).unsqueeze(1)
+        kept = ours.gather(1, teacher.ids)
+        others = ours.scatter_(1, teacher.ids, 0.0)
+        share = others.sum(-1, keepdim=True).clamp_(min=torch.finfo(ours.dtype).tiny)
+        log_ours = torch.cat([log_kept, share.log()], 1)
+        values, pull = divergence_of_outcomes(log_ours, teacher.log_probabilities.to(ours), self.name)
+        whole = pull.sum(-1, keepdim=True)
+        direction = others.mul_(pull[:, -1:] / share - whole)
+        direction.scatter_(1, teacher.ids, pull[:, :-1] - whole * kept)
         slope[:, : self.width].add_(direction, alpha=weight * self.temperature)
         return values.mul_(self.temperature**2)
 

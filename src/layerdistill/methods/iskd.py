@@ -18,8 +18,8 @@ from layerdistill.matching import layer_map, masked_mse
 from layerdistill.methods.hidden_term import HiddenTerm
 from layerdistill.methods.iskd_config import IskdConfig
 from layerdistill.methods.iskd_order import block_order, order_problem
-from layerdistill.methods.logits_term import LogitsTerm, logits_loss_problem
 from layerdistill.methods.mixed_block import FitTerm, ReplacementSchedule
+from layerdistill.methods.predictions import logits_term, predictions_problems
 from layerdistill.methods.preview import describe_term
 from layerdistill.methods.replacing import Replacing, bernoulli_share, ramp_share
 from layerdistill.methods.task_term import TaskTerm
@@ -140,7 +140,7 @@ class IterativeStructuredKnowledgeDistillation:
 
     def problems(self, config: IskdConfig, pair: Pair) -> list[str]:
         """An order, a number, a size or a loss that does not fit, no loss at all, or an architecture without place."""
-        problems = [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+        problems = predictions_problems(config, pair)
         if not (config.weights.task or config.weights.logits or config.weights.hidden):
             problems.append("method.weights are all 0, so nothing would be learned. Set one of them.")
         if "" not in pair.student_depth:
@@ -204,7 +204,7 @@ def terms_of(config: IskdConfig, pair: Pair, replaced: Places) -> nn.ModuleList:
     if weights.task:
         terms.append(TaskTerm(pair.task, weights.task))
     if weights.logits:
-        terms.append(LogitsTerm(pair.task, weights.logits, config.logits_loss, config.temperature, pair.vocab_size))
+        terms.append(logits_term(config, pair, weights.logits))
     if weights.hidden:
         pairs = [(number + 1, number + 1) for number in sorted(replaced)]
         matched = layer_map(pairs, student_layers=depth_of(pair), teacher_layers=depth_of(pair))

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from layerdistill.core.config import SectionConfig
 from layerdistill.data import CalibrationConfig
 from layerdistill.methods.iskd_order import Order
-from layerdistill.methods.logits_term import LogitsLoss
+from layerdistill.methods.predictions import PredictionsConfig
 from layerdistill.methods.replacing import CompactInit
 from layerdistill.methods.weights import HiddenWeights
 
@@ -49,7 +49,7 @@ class IskdWeights(HiddenWeights):
     """Multiplies the loss between the two models' logits (already multiplied by temperature squared)."""
 
 
-class IskdConfig(SectionConfig):
+class IskdConfig(PredictionsConfig):
     """`method: {name: iskd, ...}`."""
 
     name: Literal["iskd"] = "iskd"
@@ -95,12 +95,6 @@ class IskdConfig(SectionConfig):
 
     new_learning_rate: PositiveFloat = 1e-4
     """Learning rate of the block that a stage puts in; all others have training.learning_rate."""
-
-    temperature: float = Field(2.0, gt=0)
-    """Divides the logits of both models; the loss is multiplied by its square."""
-
-    logits_loss: LogitsLoss | None = None
-    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
 
     weights: IskdWeights = IskdWeights()
     """Coefficients of the three terms; hidden is a relative mean square at the outputs of the replaced blocks."""

@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field
 from torch import nn
 
-from layerdistill.core.config import SectionConfig
 from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
-from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
+from layerdistill.methods.predictions import PredictionsConfig, logits_term, predictions_problems
 from layerdistill.methods.preview import preview_stages
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.methods.weights import LogitsWeights
 
 
-class KdConfig(SectionConfig):
+class KdConfig(PredictionsConfig):
     """`method: {name: kd, ...}`."""
 
     name: Literal["kd"] = "kd"
-
-    temperature: float = Field(2.0, gt=0)
-    """Divides the logits of both models; the loss is multiplied by its square."""
-
-    logits_loss: LogitsLoss | None = None
-    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
 
     weights: LogitsWeights = LogitsWeights()
     """Coefficients of the two terms."""
@@ -49,9 +41,7 @@ class KnowledgeDistillation:
         if config.weights.task:
             terms.append(TaskTerm(pair.task, config.weights.task))
         if config.weights.logits:
-            terms.append(
-                LogitsTerm(pair.task, config.weights.logits, config.logits_loss, config.temperature, pair.vocab_size)
-            )
+            terms.append(logits_term(config, pair, config.weights.logits))
         yield Stage("distill", pair.student, nn.ModuleList(terms))
 
     def preview(self, pair: Pair, config: KdConfig) -> list[StagePreview]:
@@ -60,7 +50,7 @@ class KnowledgeDistillation:
 
     def problems(self, config: KdConfig, pair: Pair) -> list[str]:
         """A loss that does not fit the task, or no logits term at all."""
-        problems = [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+        problems = predictions_problems(config, pair)
         if not config.weights.logits:
             problems.append("method.weights.logits is 0, which makes kd plain fine-tuning. Write name: none instead.")
         return problems

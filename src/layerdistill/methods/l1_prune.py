@@ -10,11 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
-from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Pair, RunContext, Stage, StagePreview
 from layerdistill.methods import kd
-from layerdistill.methods.logits_term import LogitsLoss, logits_loss_problem
+from layerdistill.methods.predictions import PredictionsConfig, predictions_problems
 from layerdistill.methods.preview import preview_stages
 from layerdistill.methods.weights import LogitsWeights
 from layerdistill.models.narrow import Units, count_units, lowest, remove_units, score_heads, score_neurons
@@ -33,7 +32,7 @@ class RecoveryWeights(LogitsWeights):
     """Multiplies the loss between the two models' logits (already multiplied by temperature squared)."""
 
 
-class L1PruneConfig(SectionConfig):
+class L1PruneConfig(PredictionsConfig):
     """`method: {name: l1_prune, removed: 0.3, ...}`."""
 
     name: Literal["l1_prune"] = "l1_prune"
@@ -52,12 +51,6 @@ class L1PruneConfig(SectionConfig):
 
     recovery: bool = True
     """Whether the pruned student is trained afterwards, on the labels and the teacher's predictions."""
-
-    temperature: float = Field(2.0, gt=0)
-    """Divides the logits of both models; the loss is multiplied by its square."""
-
-    logits_loss: LogitsLoss | None = None
-    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
 
     weights: RecoveryWeights = RecoveryWeights()
     """Coefficients of the recovery's two terms."""
@@ -188,7 +181,7 @@ class L1Prune:
         """A loss that does not fit the task, a recovery that learns nothing, or a size that cannot be reached."""
         problems = []
         if config.recovery:
-            problems += [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+            problems += predictions_problems(config, pair)
             if not config.weights.task and not config.weights.logits:
                 problems.append("method.weights are all 0, so the recovery would learn nothing. Write recovery: false.")
         if any(True for _ in pair.student.parameters()):
@@ -201,7 +194,8 @@ class L1Prune:
 
 def recovery_stage(pair: Pair, config: L1PruneConfig, stock: bool) -> Stage:
     """Return the one stage after pruning: kd, with the recovery's weights."""
-    settings = kd.KdConfig(temperature=config.temperature, logits_loss=config.logits_loss, weights=config.weights)
+    said = {name: getattr(config, name) for name in PredictionsConfig.model_fields}
+    settings = kd.KdConfig(weights=config.weights, **said)
     distill = next(kd.METHOD.stages(pair, settings))
     return replace(distill, name="recover", stock=stock)
 

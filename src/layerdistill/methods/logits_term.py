@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import IGNORED_LABEL, Batch, Mean, Needs, Progress, Signal, Unit
+from layerdistill.core.types import IGNORED_LABEL, Batch, Mean, Needs, Progress, Signal, TopK, TopTokens, Unit
 from layerdistill.matching import (
     binary_kl,
     forward_kl,
@@ -17,10 +17,11 @@ from layerdistill.matching import (
     next_token_labels,
     reverse_kl,
     soft_cross_entropy,
+    top_k_divergence,
 )
+from layerdistill.matching.logits import Divergence
 from layerdistill.matching.task_loss import label_unit
 from layerdistill.matching.vocabulary_loss import VocabularyPart
-from layerdistill.matching.vocabulary_rows import Divergence
 
 LogitsLoss = Literal["forward_kl", "reverse_kl", "js_divergence", "soft_cross_entropy", "binary_kl", "mse"]
 
@@ -52,19 +53,42 @@ def logits_loss_problem(loss: LogitsLoss | None, task: str) -> str | None:
     return None
 
 
+def top_k_problem(top_k: int | None, loss: LogitsLoss | None, task: str, vocab_size: int | None) -> str | None:
+    """Return why the teacher's `top_k` likeliest tokens cannot stand for its predictions, or None."""
+    if top_k is None:
+        return None
+    if task != "causal-lm":
+        return f"method.logits_top_k is {top_k}, but the task {task!r} has no tokens to predict. Leave it out."
+    if loss is not None and loss not in CATEGORICAL:
+        return (
+            f"method.logits_top_k is {top_k}, but the logits_loss {loss!r} compares numbers, not probabilities. Leave "
+            f"one of them out, or choose of {', '.join(CATEGORICAL)}."
+        )
+    if vocab_size is not None and top_k >= vocab_size:
+        return f"method.logits_top_k is {top_k}, but there are {vocab_size} tokens. Choose fewer, or leave it out."
+    return None
+
+
 class LogitsTerm(nn.Module):
     """The distance between student and teacher predictions; named `logits`.
 
-    For language models it is taken at the positions that have a label, so prompts and padding do not count.
+    For language models it is taken at the positions that have a label, so prompts and padding do not count. With
+    `top_k` it is that between the teacher's so many likeliest tokens and all others together (see `matching.top_k`).
     """
 
     name = "logits"
 
     def __init__(
-        self, task: str, weight: float, loss: LogitsLoss | None, temperature: float, vocab_size: int | None = None
+        self,
+        task: str,
+        weight: float,
+        loss: LogitsLoss | None,
+        temperature: float,
+        vocab_size: int | None = None,
+        top_k: int | None = None,
     ) -> None:
         super().__init__()
-        problem = logits_loss_problem(loss, task)
+        problem = logits_loss_problem(loss, task) or top_k_problem(top_k, loss, task, vocab_size)
         if problem is not None:
             raise UserError(problem)
         self.task = task
@@ -72,16 +96,18 @@ class LogitsTerm(nn.Module):
         self.loss = loss or default_logits_loss(task)
         self.temperature = temperature
         self.vocab_size = vocab_size
+        self.top = None if top_k is None else TopK(top_k, temperature, vocab_size)
 
     def needs(self, progress: Progress) -> Needs:
-        """The logits of both."""
-        return Needs(teacher_logits=True, student_logits=True)
+        """The logits of both, or in place of the teacher's its likeliest tokens."""
+        top = frozenset() if self.top is None else frozenset({self.top})
+        return Needs(teacher_logits=self.top is None, student_logits=True, teacher_top=top)
 
     def vocabulary_part(self, progress: Progress) -> VocabularyPart | None:
         """The divergence, in language modelling; none for `mse`."""
         if self.task != "causal-lm" or self.loss not in CATEGORICAL:
             return None
-        return VocabularyPart("logits", cast(Divergence, self.loss), self.temperature, self.vocab_size)
+        return VocabularyPart("logits", cast(Divergence, self.loss), self.temperature, self.vocab_size, self.top)
 
     def unit(self, name: str) -> Unit:
         """Labelled positions or examples."""
@@ -93,7 +119,10 @@ class LogitsTerm(nn.Module):
 
     def forward(self, student: Signal, teacher: Signal | None, batch: Batch, progress: Progress) -> dict[str, Mean]:
         """Return `{"logits": distance}`."""
-        assert student.logits is not None and teacher is not None and teacher.logits is not None
+        assert student.logits is not None and teacher is not None
+        if self.top is not None:
+            return {self.name: self._of_likeliest(student.logits, teacher.top[self.top], batch)}
+        assert teacher.logits is not None
         ours, theirs, mask = student.logits, teacher.logits, None
         if self.task == "causal-lm":
             mask = next_token_labels(batch["labels"]) != IGNORED_LABEL
@@ -103,3 +132,14 @@ class LogitsTerm(nn.Module):
             return {self.name: binary_kl(ours, theirs, temperature=self.temperature)}
         distance = CATEGORICAL[self.loss]
         return {self.name: distance(ours, theirs, mask, temperature=self.temperature, vocab_size=self.vocab_size)}
+
+    def _of_likeliest(self, logits: Tensor, teacher: TopTokens, batch: Batch) -> Mean:
+        assert self.top is not None
+        return top_k_divergence(
+            logits,
+            teacher,
+            next_token_labels(batch["labels"]) != IGNORED_LABEL,
+            divergence=cast(Divergence, self.loss),
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )

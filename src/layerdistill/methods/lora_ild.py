@@ -9,15 +9,14 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
 from layerdistill.core.needs import needs_during
 from layerdistill.core.types import Needs, Pair, RunContext, Stage, StagePreview
 from layerdistill.matching import LayerMap
 from layerdistill.methods.adapter_term import AdapterTerm
 from layerdistill.methods.curriculum import AFTER, BEFORE, Curriculum, CurriculumConfig, ScheduledTerm, too_late
-from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
 from layerdistill.methods.matched import LayerMapConfig, LayerName, Strategy, build_maps
+from layerdistill.methods.predictions import PredictionsConfig, logits_term, predictions_problems
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.methods.weights import HiddenWeights
 from layerdistill.models.adapters import (
@@ -50,7 +49,7 @@ class LoraIldWeights(HiddenWeights):
     """Multiplies the loss between the adapters; 0 leaves it out (the KD-only control with the same architecture)."""
 
 
-class LoraIldConfig(SectionConfig):
+class LoraIldConfig(PredictionsConfig):
     """`method: {name: lora_ild, ...}`."""
 
     name: Literal["lora_ild"] = "lora_ild"
@@ -88,9 +87,6 @@ class LoraIldConfig(SectionConfig):
 
     temperature: float = Field(1.0, gt=0)
     """Divides the logits of both models; the loss is multiplied by its square."""
-
-    logits_loss: LogitsLoss | None = None
-    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
 
     weights: LoraIldWeights = LoraIldWeights()
     """Coefficients of the three terms, where there is no curriculum."""
@@ -149,7 +145,7 @@ class LoraIntermediateLayerDistillation:
 
     def problems(self, config: LoraIldConfig, pair: Pair) -> list[str]:
         """A loss or a map that does not fit, weights beside a curriculum, or adapters that cannot be compared."""
-        problems = [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+        problems = predictions_problems(config, pair)
         if config.curriculum.start is not None and config.weights != LoraIldWeights():
             problems.append(
                 "method.weights and method.curriculum.start are both given, but a curriculum has coefficients of its "
@@ -247,7 +243,7 @@ def build_terms(config: LoraIldConfig, pair: Pair, epochs: int) -> list[nn.Modul
     if weights.task:
         terms.append(TaskTerm(pair.task, weights.task))
     if weights.logits:
-        terms.append(LogitsTerm(pair.task, weights.logits, config.logits_loss, config.temperature, pair.vocab_size))
+        terms.append(logits_term(config, pair, weights.logits))
     if weights.hidden:
         assert pair.teacher is not None and pair.teacher_adapters is not None, "problems() has seen to it"
         terms.append(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import LayerRef, Pair, StackName
 from layerdistill.matching import LayerMap, layer_map
-from layerdistill.methods.logits_term import LogitsLoss, LogitsTerm, logits_loss_problem
+from layerdistill.methods.logits_term import LogitsTerm
+from layerdistill.methods.predictions import PredictionsConfig, logits_term, predictions_problems
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.methods.weights import HiddenWeights
 
@@ -37,14 +36,8 @@ class LayerMapConfig(SectionConfig):
     """Whether the pairs' losses are averaged or summed before they are multiplied by weights.hidden."""
 
 
-class MatchedConfig(LayerMapConfig):
+class MatchedConfig(LayerMapConfig, PredictionsConfig):
     """The part of a recipe's method section that every hidden-state method has."""
-
-    temperature: float = Field(2.0, gt=0)
-    """Divides the logits of both models; the loss is multiplied by its square."""
-
-    logits_loss: LogitsLoss | None = None
-    """Distance between predictions; forward_kl, or binary_kl (multi-label) or mse (regression), when left out."""
 
     weights: HiddenWeights = HiddenWeights()
     """Coefficients of the three terms."""
@@ -109,15 +102,13 @@ def prediction_terms(config: MatchedConfig, pair: Pair) -> list[TaskTerm | Logit
     if config.weights.task:
         terms.append(TaskTerm(pair.task, config.weights.task))
     if config.weights.logits:
-        terms.append(
-            LogitsTerm(pair.task, config.weights.logits, config.logits_loss, config.temperature, pair.vocab_size)
-        )
+        terms.append(logits_term(config, pair, config.weights.logits))
     return terms
 
 
 def matched_problems(config: MatchedConfig, pair: Pair) -> list[str]:
     """Return why a hidden-state method cannot work on this pair: layer map, logits loss, or nothing to learn."""
-    problems = [problem for problem in [logits_loss_problem(config.logits_loss, pair.task)] if problem]
+    problems = predictions_problems(config, pair)
     if not config.weights.hidden:
         problems.append("method.weights.hidden is 0, which makes this method plain kd. Write name: kd instead.")
     try:

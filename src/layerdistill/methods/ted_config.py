@@ -8,9 +8,9 @@ from pydantic import Field, PositiveInt
 
 from layerdistill.core.types import Pair, StackName
 from layerdistill.matching.filters import FilterInit
-from layerdistill.methods.logits_term import logits_loss_problem
 from layerdistill.methods.matched import MatchedConfig, matched_problems
 from layerdistill.methods.phase import PhaseTraining, phase_problems
+from layerdistill.methods.predictions import predictions_problems
 
 
 class StageOneConfig(PhaseTraining):
@@ -83,7 +83,7 @@ def ted_problems(config: TedConfig, pair: Pair) -> list[str]:
     ]
     if config.filters == "none" and config.finetunes_student and not config.weights.hidden:
         # kd from a fine-tuned student, a control: no layers are matched.
-        return [*problems, *filter(None, [logits_loss_problem(config.logits_loss, pair.task)])]
+        return [*problems, *predictions_problems(config, pair)]
     problems += matched_problems(config, pair)
     for stack in pair.student_width:
         if stack in pair.teacher_width:

@@ -2,6 +2,7 @@
 
 from layerdistill.core.types import TeacherSource
 from layerdistill.signals.hooks import Captured, capture
-from layerdistill.signals.source import LiveTeacher, run_model, student_signal
+from layerdistill.signals.live_teacher import LiveTeacher
+from layerdistill.signals.source import run_model, student_signal
 
 __all__ = ["Captured", "LiveTeacher", "TeacherSource", "capture", "run_model", "student_signal"]

@@ -20,7 +20,7 @@ from torch import Tensor
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import PARTIAL_PREFIX, READABLE, explained_disk_errors, sweep_partials, write_text
 from layerdistill.core.processes import file_lock
-from layerdistill.signals.cache_rows import StoredDtype, decode, encode
+from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, StoredDtype, decode, encode
 
 MANIFEST_FILE = "manifest.json"
 KEY_BYTES = 16
@@ -80,7 +80,9 @@ class CacheFolder:
         return decode(self._tensor(place.shard, name)[piece], scale)
 
     def dtype_of(self, name: str) -> StoredDtype:
-        """Return how a signal is kept: logits, which are few, always in full."""
+        """Return how a signal's numbers are kept: logits, which are few, always in full."""
+        if name.startswith((TOKENS, LOG_PROBABILITIES)) and self.dtype != "float32":
+            return "float16"
         return "float32" if name == LOGITS else self.dtype
 
     @property

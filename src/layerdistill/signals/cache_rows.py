@@ -13,6 +13,12 @@ StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 LARGEST_INT8 = 127
 
+TOKENS = "tokens:"
+"""How the names of signals begin that are token ids; they are kept as they are."""
+
+LOG_PROBABILITIES = "log_probabilities:"
+"""How the names of signals begin that are log-probabilities; they are kept in float16, or in float32 if all is."""
+
 
 def stored_bytes(width: int, dtype: StoredDtype) -> int:
     """Return the bytes of one row of `width` numbers, its scale included."""
@@ -25,6 +31,8 @@ def encode(rows: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
     The scale of a row is its largest magnitude / 127, so that an entry is off by at most half of that. Raises UserError
     for numbers that the dtype cannot hold.
     """
+    if not rows.is_floating_point():
+        return rows, None
     if dtype == "int8":
         values = rows.float()
         scale = values.abs().amax(-1) / LARGEST_INT8
@@ -36,6 +44,11 @@ def encode(rows: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
     if not kept.isfinite().all():
         raise UserError(overflow(dtype))
     return kept, None
+
+
+def token_dtype(vocab_size: int | None) -> torch.dtype:
+    """Return the smallest dtype that holds the ids of a vocabulary."""
+    return torch.uint16 if vocab_size is not None and vocab_size <= 2**16 else torch.int32
 
 
 def decode(kept: Tensor, scale: Tensor | None) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from layerdistill.core.types import LayerRef, Needs
+from layerdistill.core.types import LayerRef, Needs, TopK
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.cache_folder import KEY_BYTES, LOGITS
-from layerdistill.signals.cache_rows import StoredDtype, stored_bytes
-from layerdistill.signals.cached_teacher import average_name, tap_name
+from layerdistill.signals.cache_rows import StoredDtype, stored_bytes, token_dtype
+from layerdistill.signals.cached_teacher import average_name, tap_name, top_names
 from layerdistill.signals.taps import module_at
 
 COUNT_BYTES = 8
@@ -51,13 +51,22 @@ def cached_bytes(
     elif needs.teacher_logits:
         per_example[LOGITS] = inner.config.num_labels
     examples, tokens = len(lengths), sum(lengths)
-    total = 0
+    total = sum(
+        _top_bytes(which, dtype, examples, tokens) for which in needs.teacher_top if top_names(which)[0] not in there
+    )
     for names, rows in ((per_token, tokens), (per_example, examples)):
         for name, width in names.items():
             if name not in there:
                 kept: StoredDtype = "float32" if name == LOGITS else dtype
                 total += rows * stored_bytes(width, kept) + examples * COUNT_BYTES
     return total + (examples * KEY_BYTES if total else 0)
+
+
+def _top_bytes(which: TopK, dtype: StoredDtype, examples: int, tokens: int) -> int:
+    """Return the bytes of likeliest tokens and their log-probabilities."""
+    kept: StoredDtype = "float32" if dtype == "float32" else "float16"
+    row = which.k * token_dtype(which.vocab_size).itemsize + stored_bytes(which.k + 1, kept)
+    return tokens * row + 2 * examples * COUNT_BYTES
 
 
 def _tap_width(model: nn.Module, path: str) -> int:

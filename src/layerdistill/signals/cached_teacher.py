@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap
+from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap, TopK, TopTokens
 from layerdistill.models import unwrap
 from layerdistill.signals.cache_folder import LOGITS, CacheFolder
+from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, token_dtype
 from layerdistill.signals.language_head import LanguageHead
+from layerdistill.signals.live_teacher import FINAL, LiveTeacher
 from layerdistill.signals.row_keys import row_keys
-from layerdistill.signals.source import LiveTeacher, batch_masks
+from layerdistill.signals.source import batch_masks
 from layerdistill.signals.taps import stack_of
 
 SHARD_BYTES = 2**26
@@ -22,8 +24,6 @@ SHARD_BYTES = 2**26
 
 SHARD_EXAMPLES = 2**16
 """Examples after which a shard is written, however little is kept of each."""
-
-FINAL = LayerRef("", -1)
 
 CHANGED = (
     "A training batch holds an example that the data did not hold when the teacher was cached: do examples change from "
@@ -62,8 +62,9 @@ class CachedTeacher:
         averages = {
             layer: self._examples(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
         }
+        top = {which: self._top(keys, which, masks[""]) for which in needs.teacher_top}
         logits = self._logits(keys, masks) if needs.teacher_logits else None
-        return Signal(logits, hidden, masks, taps, averages)
+        return Signal(logits, hidden, masks, taps, averages, top)
 
     @cached_property
     def head(self) -> LanguageHead | None:
@@ -82,6 +83,7 @@ class CachedTeacher:
         """Return the names under which the folder keeps what `needs` asks for."""
         names = {str(layer) for layer in needs.teacher} | {tap_name(tap) for tap in needs.teacher_taps}
         names |= {average_name(layer) for layer in needs.teacher_averages}
+        names |= {name for which in needs.teacher_top for name in top_names(which)}
         if needs.teacher_logits:
             names.add(str(FINAL) if self.head is not None else LOGITS)
         return sorted(names)
@@ -103,6 +105,7 @@ class CachedTeacher:
         for name, tensor, stack in [
             *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
             *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
+            *((name, tensor, "") for which, said in signal.top.items() for name, tensor in kept_top(which, said)),
         ]:
             kept = signal.masks[stack].bool()
             found[name] = list(tensor[kept].cpu().split(kept.sum(1).tolist()))
@@ -119,6 +122,7 @@ class CachedTeacher:
             teacher_logits=LOGITS in names,
             teacher_taps=frozenset(tap for tap in needs.teacher_taps if tap_name(tap) in names),
             teacher_averages=frozenset(layer for layer in needs.teacher_averages if average_name(layer) in names),
+            teacher_top=frozenset(which for which in needs.teacher_top if top_names(which)[0] in names),
         )
         if needs.teacher_logits and self.head is not None and str(FINAL) in names:
             wanted |= Needs(teacher=frozenset({FINAL}))
@@ -135,6 +139,10 @@ class CachedTeacher:
     def _examples(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
         """Return `(batch, width)`, on the mask's device."""
         return torch.cat([self.folder.rows(name, key) for key in keys]).to(mask.device)
+
+    def _top(self, keys: Sequence[bytes], which: TopK, mask: Tensor) -> TopTokens:
+        ids, log_probabilities = (self._tokens(keys, name, mask) for name in top_names(which))
+        return TopTokens(ids.long(), log_probabilities.float())
 
     def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
         if self.head is None:
@@ -207,3 +215,16 @@ def tap_name(tap: Tap) -> str:
 def average_name(layer: LayerRef) -> str:
     """Return the name under which a layer's average over tokens is kept."""
     return f"average:{layer}"
+
+
+def top_names(which: TopK) -> tuple[str, str]:
+    """Return the names under which likeliest tokens and their log-probabilities are kept."""
+    said = f"{which.k}:{which.temperature}:{which.vocab_size or 'all'}"
+    return f"{TOKENS}{said}", f"{LOG_PROBABILITIES}{said}"
+
+
+def kept_top(which: TopK, said: TopTokens) -> Iterator[tuple[str, Tensor]]:
+    """Yield likeliest tokens and their log-probabilities by name, the tokens in as few bytes as hold their ids."""
+    tokens, log_probabilities = top_names(which)
+    yield tokens, said.ids.to(token_dtype(which.vocab_size))
+    yield log_probabilities, said.log_probabilities

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName
 from layerdistill.models import find_stacks, unwrap
+from layerdistill.signals.live_teacher import LiveTeacher
 from layerdistill.signals.row_keys import row_keys
-from layerdistill.signals.source import LiveTeacher, batch_masks
+from layerdistill.signals.source import batch_masks
 
 Position = Literal["first", "last"]
 """The first or the last real token of an example."""
@@ -55,7 +56,8 @@ class RecordedTeacher:
         Raises UserError for a row that was not in `batches`, ValueError for what is not recorded.
         """
         recorded = {layer for layers in self.layers.values() for layer in layers}
-        if needs.teacher_logits or needs.teacher_taps or needs.teacher_averages or not needs.teacher <= recorded:
+        others = needs.teacher_logits or needs.teacher_taps or needs.teacher_averages or needs.teacher_top
+        if others or not needs.teacher <= recorded:
             raise ValueError(f"the record holds the layers {sorted(recorded)} and nothing else, not {needs}")
         if self.memory is None:
             self.memory = self._record()

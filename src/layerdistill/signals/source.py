@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,39 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Needs, Signal, StackName, Tap
-from layerdistill.matching import mean_over_tokens
+from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Signal, StackName, Tap
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.hooks import Captured, capture
 from layerdistill.signals.stop import stopping_above
 from layerdistill.signals.taps import stack_of, tapped
 
 _NOT_INPUTS = frozenset({"labels", "use_cache", "return_dict", "output_hidden_states", "output_attentions"})
-
-
-class LiveTeacher:
-    """A teacher that is run on every batch: frozen, without a graph, in eval mode unless `dropout` is wanted."""
-
-    def __init__(self, model: nn.Module, dropout: bool = False) -> None:
-        self.model = model.train(dropout).requires_grad_(False)
-
-    def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """Return the teacher's signal, in its own dtype; the head is run only if logits are asked for.
-
-        The teacher follows the batch to its device, because nothing else moves it there.
-        """
-        place = batch["input_ids"].device
-        if next(self.model.parameters()).device != place:
-            self.model.to(place)
-        layers = needs.teacher | needs.teacher_averages
-        with torch.no_grad():
-            found = run_model(self.model, batch, layers, logits=needs.teacher_logits, taps=needs.teacher_taps)
-            averages = {
-                layer: mean_over_tokens(found.hidden[layer], found.masks[layer.stack])
-                for layer in needs.teacher_averages
-            }
-        hidden = {layer: state for layer, state in found.hidden.items() if layer in needs.teacher}
-        return replace(found, hidden=hidden, averages=averages)
 
 
 def student_signal(

@@ -9,7 +9,17 @@ from typing import Any
 from torch import nn
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Mean, Needs, Progress, Signal, TeacherSource
+from layerdistill.core.types import (
+    IGNORED_LABEL,
+    Batch,
+    LayerRef,
+    Mean,
+    Needs,
+    Progress,
+    Signal,
+    TeacherSource,
+    TopTokens,
+)
 from layerdistill.matching import next_token_labels
 from layerdistill.matching.vocabulary_loss import VocabularyPart, vocabulary_losses
 from layerdistill.models import find_stacks, unwrap
@@ -40,7 +50,7 @@ class FusedPredictions:
             elif (needs := term.needs(progress)).student_logits or needs.teacher_logits:
                 return None
         kinds = [part.kind for part in parts.values()]
-        known = self.teacher is not None or "logits" not in kinds
+        known = self.teacher is not None or not any(reads_states(part) for part in parts.values())
         return parts if known and len(set(kinds)) == len(kinds) else None
 
     def means(
@@ -56,11 +66,16 @@ class FusedPredictions:
         labels = next_token_labels(batch["labels"]).flatten()
         kept = (labels != IGNORED_LABEL).nonzero().squeeze(1)
         name_of = {part.kind: name for name, part in parts.items()}
-        head, theirs, part = self.student.matrices(states.device), None, VocabularyPart("logits")
-        teacher_rows = teacher_head = None
-        if "logits" in name_of:
+        head = self.student.matrices(states.device)
+        part = parts[name_of["logits"]] if "logits" in name_of else VocabularyPart("logits")
+        teacher_rows = teacher_head = top = None
+        if part.top is not None:
+            assert teacher is not None, "the trainer runs the teacher because needs() asks for its likeliest tokens"
+            said = teacher.top[part.top]
+            top = TopTokens(*(each.flatten(0, 1).index_select(0, kept) for each in (said.ids, said.log_probabilities)))
+        elif "logits" in name_of:
             assert teacher is not None and self.teacher is not None, "parts() says so"
-            part, theirs = parts[name_of["logits"]], teacher.hidden[FINAL]
+            theirs = teacher.hidden[FINAL]
             teacher_rows = theirs.flatten(0, 1).index_select(0, kept)
             teacher_head = self.teacher.matrices(theirs.device)
         assert head is not None, "a head that is no matrix is not fused"
@@ -70,6 +85,7 @@ class FusedPredictions:
             labels.index_select(0, kept),
             teacher_rows,
             teacher_head,
+            top,
             task_weight=weights[name_of["task"]] if "task" in name_of else None,
             logits_weight=weights[name_of["logits"]] if "logits" in name_of else 0.0,
             divergence=part.divergence,
@@ -82,14 +98,19 @@ class FusedPredictions:
 
 def with_states(needs: Needs, parts: Iterable[VocabularyPart]) -> Needs:
     """Return `needs` with what enters the heads in place of the logits that `parts` are computed of."""
-    kinds = {part.kind for part in parts}
+    found = list(parts)
     return replace(
         needs,
-        student=needs.student | ({FINAL} if kinds else set()),
-        teacher=needs.teacher | ({FINAL} if "logits" in kinds else set()),
+        student=needs.student | ({FINAL} if found else set()),
+        teacher=needs.teacher | ({FINAL} if any(reads_states(part) for part in found) else set()),
         teacher_logits=False,
         student_logits=False,
     )
+
+
+def reads_states(part: VocabularyPart) -> bool:
+    """Return whether a part is computed through the teacher's head, from its states."""
+    return part.kind == "logits" and part.top is None
 
 
 def fused_predictions(student: nn.Module | None, teacher: TeacherSource | None, task: str) -> FusedPredictions | None:

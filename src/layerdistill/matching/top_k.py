@@ -1,0 +1,85 @@
+"""The divergence of predictions over a teacher's k likeliest tokens and one outcome for all others together.
+
+With all tokens but k thrown together KL can only be smaller than over all of them (the log sum inequality), and it is
+equal where the two models agree on how likely the others are among themselves. Without that last outcome the k would
+have to be made to add up to 1, which pulls the student towards a teacher that is surer than it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Mean, TopK, TopTokens
+from layerdistill.matching.logits import LOWEST_LOG_PROBABILITY, Divergence
+from layerdistill.matching.rows import in_full_precision, summed, upcast
+
+ROWS = 256
+"""Rows of logits whose likeliest tokens are looked for at a time: no second tensor of all rows x vocabulary."""
+
+
+def likeliest_tokens(logits: Tensor, which: TopK) -> TopTokens:
+    """Return the likeliest tokens of `(n, vocab)` logits; raises UserError if there are not more tokens than asked for.
+
+    The probability of the others is a sum of theirs, not 1 less that of the likeliest, which would be rounding alone.
+    """
+    width = logits.shape[-1] if which.vocab_size is None else which.vocab_size
+    if not 1 <= which.k < width:
+        raise UserError(f"k is {which.k}, but must be from 1 to {width - 1}: there are {width} tokens in all.")
+    found = [_likeliest(upcast(piece[:, :width]) / which.temperature, which.k) for piece in logits.split(ROWS)]
+    ids, log_probabilities = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return TopTokens(ids, log_probabilities)
+
+
+def _likeliest(softened: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, ids = softened.topk(k, -1)
+    others = softened.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return ids, torch.cat([values, others], 1) - softened.logsumexp(-1, keepdim=True)
+
+
+@in_full_precision
+def top_k_divergence(
+    student: Tensor,
+    teacher: TopTokens,
+    mask: Tensor | None = None,
+    *,
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Mean:
+    """Return `T^2` times the divergence of k + 1 outcomes, averaged over the positions that `mask` keeps.
+
+    `student` are logits `(..., vocab)`, `teacher` what `likeliest_tokens` said of as many positions at the same
+    temperature and `vocab_size`, `mask` `(...)`. The count is in positions.
+    """
+    rows, ids, theirs = (given.flatten(0, -2) for given in (student, teacher.ids, teacher.log_probabilities))
+    if mask is not None:
+        kept = mask.reshape(-1).ne(0).nonzero().squeeze(1)
+        rows, ids, theirs = (given.index_select(0, kept) for given in (rows, ids, theirs))
+    softened = upcast(rows[:, :vocab_size]) / temperature
+    others = softened.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    ours = torch.cat([softened.gather(1, ids), others], 1) - softened.logsumexp(-1, keepdim=True)
+    values, slope = divergence_of_outcomes(ours.detach(), theirs.to(ours), divergence)
+    # The value is `values`; the second part is 0 and has the gradient.
+    return summed((values + (slope * (ours - ours.detach())).sum(-1)) * temperature**2)
+
+
+def divergence_of_outcomes(ours: Tensor, theirs: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Return the divergence `(n,)` of log-probabilities `(n, outcomes)`, and its slope in `ours`, to be centred.
+
+    The slope is that for logits once `p_s` times its sum is taken away, as the softmax does.
+    """
+    p_s, p_t = ours.exp(), theirs.exp()
+    # An outcome that one side excludes adds nothing on that side, whatever the other says.
+    log_s, log_t = (side.masked_fill(side == -torch.inf, LOWEST_LOG_PROBABILITY) for side in (ours, theirs))
+    if divergence == "forward_kl":
+        return (p_t * (log_t - log_s)).sum(-1), -p_t
+    if divergence == "soft_cross_entropy":
+        return -(p_t * log_s).sum(-1), -p_t
+    if divergence == "reverse_kl":
+        slope = p_s * (log_s - log_t)
+        return slope.sum(-1), slope
+    middle = ((p_s + p_t) / 2).clamp(min=torch.finfo(p_s.dtype).tiny).log()
+    slope = p_s * (log_s - middle) / 2
+    return slope.sum(-1) + (p_t * (log_t - middle)).sum(-1) / 2, slope

@@ -1,0 +1,78 @@
+"""The teacher as it is run on every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from layerdistill.core.errors import UserError
+from layerdistill.core.types import Batch, LayerRef, Needs, Signal, TopK, TopTokens
+from layerdistill.matching import likeliest_tokens, mean_over_tokens
+from layerdistill.signals.language_head import LanguageHead
+from layerdistill.signals.source import run_model
+
+FINAL = LayerRef("", -1)
+"""What enters a language model's head."""
+
+ROWS = 512
+"""Tokens whose logits are made at a time, where no more is read of them than the likeliest."""
+
+
+class LiveTeacher:
+    """A teacher that is run on every batch: frozen, without a graph, in eval mode unless `dropout` is wanted."""
+
+    def __init__(self, model: nn.Module, dropout: bool = False) -> None:
+        self.model = model.train(dropout).requires_grad_(False)
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        """Return the teacher's signal, in its own dtype; the head is run only if what it gives is asked for.
+
+        The teacher follows the batch to its device, because nothing else moves it there.
+        """
+        place = batch["input_ids"].device
+        if next(self.model.parameters()).device != place:
+            self.model.to(place)
+        by_head = bool(needs.teacher_top) and self.head is not None
+        logits = needs.teacher_logits or bool(needs.teacher_top and not by_head)
+        layers = needs.teacher | needs.teacher_averages | ({FINAL} if by_head else set())
+        with torch.no_grad():
+            found = run_model(self.model, batch, layers, logits=logits, taps=needs.teacher_taps)
+            averages = {
+                layer: mean_over_tokens(found.hidden[layer], found.masks[layer.stack])
+                for layer in needs.teacher_averages
+            }
+            top = {which: self._top(found, which) for which in needs.teacher_top}
+        hidden = {layer: state for layer, state in found.hidden.items() if layer in needs.teacher}
+        kept = found.logits if needs.teacher_logits else None
+        return replace(found, logits=kept, hidden=hidden, averages=averages, top=top)
+
+    @cached_property
+    def head(self) -> LanguageHead | None:
+        """What makes logits of the last states, a few tokens at a time; None where that is not known."""
+        try:
+            return LanguageHead(self.model)
+        except UserError:
+            return None
+
+    def _top(self, found: Signal, which: TopK) -> TopTokens:
+        """Return the likeliest tokens of every real position; on padding the first ones, with probabilities of 1."""
+        mask = found.masks[""].bool()
+        parts = [likeliest_tokens(logits, which) for logits in self._logits_of(found, mask)]
+        ids = torch.zeros(*mask.shape, which.k, dtype=torch.long, device=mask.device)
+        log_probabilities = torch.zeros(*mask.shape, which.k + 1, device=mask.device)
+        if parts:
+            ids[mask] = torch.cat([part.ids for part in parts])
+            log_probabilities[mask] = torch.cat([part.log_probabilities for part in parts]).float()
+        return TopTokens(ids, log_probabilities)
+
+    def _logits_of(self, found: Signal, mask: Tensor) -> Iterable[Tensor]:
+        """Yield the logits of real tokens, some rows at a time."""
+        if found.logits is not None:
+            yield from found.logits[mask].split(ROWS)
+        elif self.head is not None:
+            for rows in found.hidden[FINAL][mask].split(ROWS):
+                yield self.head(rows, FINAL)
