@@ -35,6 +35,7 @@ from layerdistill.models.adapters import (
 from layerdistill.models.config import AdapterConfig
 from layerdistill.models.fast_dtype import fast_dtype
 from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments, svd_rank
+from layerdistill.train.config import own_defaults
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -199,7 +200,7 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
             "data": fingerprint_dataset(prepared.for_teacher.datasets["train"]),
             "task": prepared.recipe.data.task,
             "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
-            "finetune": prepared.recipe.teacher.finetune,
+            "finetune": {**own_defaults(), **prepared.recipe.teacher.finetune},
             "versions": [torch.__version__, transformers.__version__, *([peft.__version__] if lora else [])],
         }
     )

@@ -104,7 +104,9 @@ def name_of(recipe: dict[str, Any], *overrides: str) -> str:
     return finetune.teacher_fingerprint(prepared, finetune.starting_model(prepared, prepared.recipe.teacher))
 
 
-def test_whatever_makes_another_teacher_gets_another_folder(tmp_path: Path, home: Path, trainings: Trainings) -> None:
+def test_whatever_makes_another_teacher_gets_another_folder(
+    tmp_path: Path, home: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tuned_recipe(tmp_path)
     run(recipe, console=QUIET)
     names = [name_of(recipe)]
@@ -114,11 +116,16 @@ def test_whatever_makes_another_teacher_gets_another_folder(tmp_path: Path, home
     names.append(name_of(recipe, "teacher.finetune.seed=3"))
     names.append(name_of(recipe, "data.max_length=6"))
     names.append(name_of(recipe, "data.padding=max_length"))
+    before = name_of(recipe, "teacher.finetune.train_sampling_strategy=group_by_length")
+    assert before == names[0], "it is the default"
+    with monkeypatch.context() as changed:
+        changed.setattr(finetune, "own_defaults", lambda: {"train_sampling_strategy": "random"})
+        names.append(name_of(recipe))
     write_data(tmp_path / "data", seed=5)
     names.append(name_of(recipe))
     write_teacher(tmp_path / "teacher", seed=6)
     names.append(name_of(recipe))
-    assert len(set(names)) == 7
+    assert len(set(names)) == 8
     run(recipe, ["teacher.finetune.seed=3", f"output={tmp_path / 'other'}"], console=QUIET)
     assert trainings.seeds == [finetune.DEFAULT_SEED, 3]
     assert len({(folder / "model.safetensors").read_bytes() for folder in kept(home)}) == 2

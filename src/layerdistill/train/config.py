@@ -59,6 +59,22 @@ def field_names() -> list[str]:
     return [item.name for item in fields(LayerDistillationConfig) if item.init and item.name not in RESERVED]
 
 
+NOT_LEARNING = frozenset(
+    {"term_gradient_steps", "logging_steps", "save_total_limit", "dataloader_pin_memory", "logging_nan_inf_filter"}
+)
+"""Defaults of ours that change nothing about what is learned."""
+
+
+def own_defaults() -> dict[str, Any]:
+    """Return the defaults of ours that what is learned depends on, by field; transformers' follow from its version."""
+    theirs = {item.name: item.default for item in fields(TrainingArguments)}
+    return {
+        item.name: item.default
+        for item in fields(LayerDistillationConfig)
+        if item.name not in NOT_LEARNING and item.default != theirs.get(item.name)
+    }
+
+
 def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> LayerDistillationConfig:
     """Return the arguments of one stage; raises ValueError or TypeError from transformers for impossible values.
 
