@@ -200,7 +200,7 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
             "data": fingerprint_dataset(prepared.for_teacher.datasets["train"]),
             "task": prepared.recipe.data.task,
             "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
-            "finetune": {**own_defaults(), **prepared.recipe.teacher.finetune},
+            "finetune": {**own_defaults(), **(prepared.recipe.teacher.finetune or {})},
             "versions": [torch.__version__, transformers.__version__, *([peft.__version__] if lora else [])],
         }
     )
