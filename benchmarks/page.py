@@ -15,6 +15,7 @@ from benchmarks.summary import (
     STUDY_EPOCHS,
     STUDY_EXAMPLES,
     STUDY_METHODS,
+    STUDY_RUN_WAYS,
     STUDY_SEEDS,
     STUDY_STEPS,
     WAYS,
@@ -135,6 +136,31 @@ of filling it and all later ones, of every method and seed, that of reading it.
     return text + table(["way", f"hours ({'wall' if on_gpu else 'process CPU'})", "/ R0", ""], rows)
 
 
+def run_section(study: Mapping[str, Any] | None) -> str:
+    """Return the section on the study as it was run on few examples, empty where it was not."""
+    if study is None:
+        return ""
+    seconds, batches = study["seconds"], study["batches"]
+    whole = {way: sum(seconds[way].values()) for way in STUDY_RUN_WAYS}
+    rows = [
+        [way, *(f"{seconds[way][method]:,.0f}" for method in STUDY_METHODS), f"{whole[way]:,.0f}",
+         f"{whole[way] / whole[REFERENCE.name]:.2f}", ""]
+        for way in STUDY_RUN_WAYS
+    ]  # fmt: skip
+    runs = len(STUDY_METHODS) * STUDY_SEEDS
+    text = f"""### The same study, run
+
+{len(STUDY_METHODS)} methods x {STUDY_SEEDS} runs x {STUDY_EPOCHS} epochs over {batches * STUDY_BATCH} examples ({runs}
+runs of {batches * STUDY_EPOCHS} steps for each way), by `python -m benchmarks.study` at commit
+{study["machine"]["commit"]}, load {study["machine"]["load"]:.2f} before the start. Process seconds from making the
+models to the last step, so that a cache's filling and checks and each run's setting up are in it. The methods are run
+in this order: kd fills a cache with logits, and ild runs the teacher once more for the layers. So few examples are
+unkind to a cache: what a run takes besides its steps weighs more than in a real study.
+
+"""
+    return text + table(["way", *STUDY_METHODS, "whole", "/ R0", ""], rows)
+
+
 def hidden_section(works: Mapping[str, Results]) -> str:
     """Return the section on what hidden terms cost, empty where the work without them was not measured."""
     shares = {
@@ -180,6 +206,7 @@ def write_page(given: Mapping[str, Any], path: Path) -> None:
         parts += [f"## {name}: {about['title']}", f"{about['words']} {size}", work_table(results, on_gpu)]
     parts.append(hidden_section(given["works"]))
     parts.append(study_section(given["works"], on_gpu))
+    parts.append(run_section(given.get("study")))
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 

@@ -121,6 +121,10 @@ WAYS = (
 )
 
 
+STUDY_RUN_WAYS = (REFERENCE.name, "layerdistill", "layerdistill, best", "layerdistill, cached")
+"""The ways in which the study is run on few examples."""
+
+
 def study_seconds(works: Mapping[str, Results], way: Way, clock: str) -> float | None:
     """Return the seconds of the whole study, computed from medians per step; None where a part was not measured.
 

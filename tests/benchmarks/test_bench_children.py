@@ -113,3 +113,24 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert study[2:] == ["| naive loop | 70.2 | 1.00 |  |", "| layerdistill | 17.5 | 0.25 |  |"], (
         "a first pass is lacking"
     )
+
+
+def test_a_study_that_was_run_has_its_table(tmp_path: Path) -> None:
+    ways = ("naive loop", "layerdistill", "layerdistill, best", "layerdistill, cached")
+    methods = ("kd", "ild", "ild, cosine", "cka")
+    seconds = {way: dict.fromkeys(methods, 10.0 / (number + 1)) for number, way in enumerate(ways)}
+    study = {"batches": 10, "machine": {"commit": "abc", "load": 0.5}, "seconds": seconds}
+    result, page = tmp_path / "results.json", tmp_path / "page.md"
+    result.write_text(json.dumps({**small_result(), "study": study}))
+    subprocess.run([sys.executable, "-m", "benchmarks.page", str(result), str(page)], cwd=ROOT, check=True)
+    assert "epochs over 320 examples" in page.read_text()
+    assert "| layerdistill | 5 | 5 | 5 | 5 | 20 | 0.50 |  |" in page.read_text().splitlines()
+
+
+def test_one_method_of_the_study_is_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.study", "--tiny", "--batches", "1", "--way", "naive loop", "--work", "W2",
+         "--folder", str(tmp_path)], cwd=ROOT, text=True, capture_output=True, check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert float(done.stdout.splitlines()[-1]) > 0
