@@ -203,3 +203,38 @@ def test_likeliest_tokens_are_added_to_a_cache_and_another_k_or_temperature_is_a
     assert only.signal(batches(rows)[0], first).top
     with pytest.raises(UserError, match=r"lacks log_probabilities:4:2\.0:all, tokens:4:2\.0:all"):
         only.fill(batches(rows), second)
+
+
+@pytest.mark.parametrize(("family", "distinct"), [("bert", 2), ("gpt2", 2), ("deberta-v2", 2)])
+def test_what_enters_query_key_and_value_is_kept_once(family: str, distinct: int, tmp_path: Path) -> None:
+    model, rows = tiny_model(family, "sequence-classification"), toy_rows("sequence-classification", size=12, seed=2)
+    blocks = next(iter(find_projections(model).values()))[:distinct]
+    needs = Needs(teacher_taps=frozenset(Tap(path, "input") for block in blocks for path in block.values()))
+    cached = cached_teacher(tmp_path / "c", model)
+    cached.fill(batches(rows), needs)
+    kept = load_file(next((tmp_path / "c").glob("*.safetensors")))
+    assert sum(name.startswith("tap:") and not name.endswith(".counts") for name in kept) == distinct
+    assert cached.folder.has(cached.names(needs), [next(iter(cached.folder.places[cached.names(needs)[0]]))])
+    lengths = [len(ids) for ids in {tuple(row["input_ids"]) for row in rows}]
+    written = sum(tensor.nbytes for tensor in kept.values())
+    assert cached_bytes(needs, model, "float32", lengths, False) == written
+    reopened = cached_teacher(tmp_path / "c", model, only_cached=True)
+    for batch in batches(rows):
+        found, live = reopened.signal(batch, needs).taps, LiveTeacher(model).signal(batch, needs).taps
+        mask = batch["attention_mask"].bool()
+        for tap, tensor in live.items():
+            torch.testing.assert_close(found[tap][mask], tensor[mask], atol=1e-6, rtol=1e-5)
+        assert len({id(tensor) for tensor in found.values()}) == distinct
+
+
+def test_a_tap_of_its_own_is_not_taken_for_another(tmp_path: Path) -> None:
+    model, rows = tiny_model("bert", "sequence-classification"), toy_rows("sequence-classification", size=6, seed=2)
+    block = next(iter(find_projections(model).values()))[0]
+    dense = f"{block['query'].rpartition('.self')[0]}.output.dense"
+    needs = Needs(teacher_taps=frozenset({Tap(block["query"], "input"), Tap(dense, "input")}))
+    cached = cached_teacher(tmp_path / "c", model)
+    cached.fill(batches(rows), needs)
+    found, live = (source.signal(batches(rows)[0], needs).taps for source in (cached, LiveTeacher(model)))
+    mask = batches(rows)[0]["attention_mask"].bool()
+    for tap, tensor in live.items():
+        torch.testing.assert_close(found[tap][mask], tensor[mask], atol=1e-6, rtol=1e-5)

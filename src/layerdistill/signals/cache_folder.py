@@ -31,9 +31,10 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class Place:
-    """Where an example's rows of one signal are: `count` rows from `start` in a shard."""
+    """Where an example's rows of a signal are: `count` rows from `start` of a tensor in a shard."""
 
     shard: int
+    tensor: str
     start: int
     count: int
 
@@ -76,8 +77,8 @@ class CacheFolder:
         place = self.places[name][key]
         piece = slice(place.start, place.start + place.count)
         scaled = self.dtype_of(name) == "int8"
-        scale = self._tensor(place.shard, f"{name}.scale")[piece] if scaled else None
-        return decode(self._tensor(place.shard, name)[piece], scale)
+        scale = self._tensor(place.shard, f"{place.tensor}.scale")[piece] if scaled else None
+        return decode(self._tensor(place.shard, place.tensor)[piece], scale)
 
     def dtype_of(self, name: str) -> StoredDtype:
         """Return how a signal's numbers are kept: logits, which are few, always in full."""
@@ -120,11 +121,11 @@ class CacheFolder:
         self.opened.append(safe_open(path, framework="pt"))
         keys = self._tensor(number, "keys").numpy().tobytes()
         names = [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
-        for name in shard["signals"]:
-            counts = self._tensor(number, f"{name}.counts").tolist()
+        for name, tensor in {**{name: name for name in shard["signals"]}, **shard.get("copies", {})}.items():
+            counts = self._tensor(number, f"{tensor}.counts").tolist()
             index, start = self.places.setdefault(name, {}), 0
             for key, count in zip(names, counts, strict=True):
-                index.setdefault(key, Place(number, start, count))
+                index.setdefault(key, Place(number, tensor, start, count))
                 start += count
 
     def _tensor(self, shard: int, name: str) -> Tensor:
@@ -149,7 +150,8 @@ class CacheFolder:
     def append(self, examples: Mapping[bytes, Mapping[str, Tensor]]) -> None:
         """Add one shard: for each key the rows `(n, width)` of signals, the same names for all of them.
 
-        Examples that another process has added meanwhile are left out.
+        Examples that another process has added meanwhile are left out. Signals that are one tensor under several names,
+        for every key, are written once.
         """
         with explained_disk_errors(WHAT, self.folder), self._locked():
             self.refresh()
@@ -159,10 +161,12 @@ class CacheFolder:
                 return
             name = f"{uuid.uuid4().hex}.safetensors"
             partial = self.folder / f"{PARTIAL_PREFIX}{name}"
-            save_file(self._tensors_of(examples, new, signals), partial)
+            copies = copied_signals(examples, new, signals)
+            own = [signal for signal in signals if signal not in copies]
+            save_file(self._tensors_of(examples, new, own), partial)
             partial.chmod(READABLE)
-            entry = {"file": name, "examples": len(new), "signals": signals, "bytes": partial.stat().st_size}
-            entry["checksum"] = checksum_of(partial)
+            entry = {"file": name, "examples": len(new), "signals": own, "copies": copies}
+            entry |= {"bytes": partial.stat().st_size, "checksum": checksum_of(partial)}
             with partial.open("rb") as stream:
                 os.fsync(stream.fileno())
             partial.replace(self.folder / name)
@@ -195,6 +199,19 @@ class CacheFolder:
 
     def _locked(self) -> AbstractContextManager[None]:
         return file_lock(self.folder / ".lock", WHAT)
+
+
+def copied_signals(
+    examples: Mapping[bytes, Mapping[str, Tensor]], keys: Sequence[bytes], signals: Sequence[str]
+) -> dict[str, str]:
+    """Return the signals whose rows are the very tensors of another one for every key, with that other's name."""
+    first: dict[tuple[int, ...], str] = {}
+    found = {}
+    for signal in signals:
+        other = first.setdefault(tuple(id(examples[key][signal]) for key in keys), signal)
+        if other != signal:
+            found[signal] = other
+    return found
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:

@@ -39,12 +39,14 @@ def cached_bytes(
 ) -> int:
     """Return the bytes of what `needs` asks for on examples of `lengths` tokens, without the signals that are `there`.
 
-    A decoder is taken to have as many tokens as its encoder. `model` may be on the meta device.
+    A decoder is taken to have as many tokens as its encoder, and the projections of one attention to have one input,
+    which is kept once. `model` may be on the meta device.
     """
     inner: Any = unwrap(model)
     widths = {name: stack.width for name, stack in find_stacks(inner).items()}
     per_token = {str(layer): widths[layer.stack] for layer in needs.teacher}
-    per_token |= {tap_name(tap): _tap_width(inner, tap.module) for tap in needs.teacher_taps}
+    inputs = {tap.module.rpartition(".")[0]: tap for tap in sorted(needs.teacher_taps, key=tap_name, reverse=True)}
+    per_token |= {tap_name(tap): _tap_width(inner, tap.module) for tap in inputs.values()}
     per_example = {average_name(layer): widths[layer.stack] for layer in needs.teacher_averages}
     if needs.teacher_logits and language_model:
         per_token[str(LayerRef("", -1))] = widths[""]

@@ -11,7 +11,7 @@ from torch import Tensor
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap, TopK, TopTokens
 from layerdistill.models import unwrap
-from layerdistill.signals.cache_folder import LOGITS, CacheFolder
+from layerdistill.signals.cache_folder import LOGITS, CacheFolder, Place
 from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, token_dtype
 from layerdistill.signals.language_head import LanguageHead
 from layerdistill.signals.live_teacher import FINAL, LiveTeacher
@@ -58,7 +58,7 @@ class CachedTeacher:
             raise UserError(CHANGED)
         masks = batch_masks(unwrap(self.live.model), batch)
         hidden = {layer: self._tokens(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
-        taps = {tap: self._tokens(keys, tap_name(tap), masks[self._stack(tap)]) for tap in needs.teacher_taps}
+        taps = self._taps(keys, needs.teacher_taps, masks)
         averages = {
             layer: self._examples(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
         }
@@ -102,13 +102,16 @@ class CachedTeacher:
     def rows_of(self, signal: Signal, keys: Sequence[bytes]) -> dict[bytes, dict[str, Tensor]]:
         """Return the rows `(n, width)` of every part of a signal, by example and name, on the processor."""
         found: dict[str, list[Tensor]] = {}
+        cut: dict[int, list[Tensor]] = {}  # query, key and value are made of one tensor: it is cut and kept once
         for name, tensor, stack in [
             *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
             *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
             *((name, tensor, "") for which, said in signal.top.items() for name, tensor in kept_top(which, said)),
         ]:
-            kept = signal.masks[stack].bool()
-            found[name] = list(tensor[kept].cpu().split(kept.sum(1).tolist()))
+            if id(tensor) not in cut:
+                kept = signal.masks[stack].bool()
+                cut[id(tensor)] = list(tensor[kept].cpu().split(kept.sum(1).tolist()))
+            found[name] = cut[id(tensor)]
         for layer, tensor in signal.averages.items():
             found[average_name(layer)] = list(tensor.cpu().split(1))
         if signal.logits is not None:
@@ -127,6 +130,17 @@ class CachedTeacher:
         if needs.teacher_logits and self.head is not None and str(FINAL) in names:
             wanted |= Needs(teacher=frozenset({FINAL}))
         return wanted
+
+    def _taps(self, keys: Sequence[bytes], taps: Iterable[Tap], masks: Mapping[StackName, Tensor]) -> dict[Tap, Tensor]:
+        """Return every tap's rows, as one tensor where the folder keeps them once for several taps."""
+        found: dict[Tap, Tensor] = {}
+        made: dict[tuple[Place, ...], Tensor] = {}
+        for tap in taps:
+            places = tuple(self.folder.places[tap_name(tap)][key] for key in keys)
+            if places not in made:
+                made[places] = self._tokens(keys, tap_name(tap), masks[self._stack(tap)])
+            found[tap] = made[places]
+        return found
 
     def _stack(self, tap: Tap) -> StackName:
         return stack_of(unwrap(self.live.model), tap)
@@ -186,7 +200,8 @@ class Filler:
         if self.waiting and next(iter(self.waiting.values())).keys() != next(iter(found.values())).keys():
             self.close()  # a shard holds the same of each example
         self.waiting.update(found)
-        self.size += sum(rows.nbytes for one in found.values() for rows in one.values())
+        distinct = ({id(rows): rows for rows in one.values()} for one in found.values())
+        self.size += sum(rows.nbytes for one in distinct for rows in one.values())
         if self.size >= SHARD_BYTES or len(self.waiting) >= SHARD_EXAMPLES:
             self.close()
 
