@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--venvs", type=Path, default=ROOT / "benchmarks" / ".venvs", help="where tools are installed")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results.json", help="everything measured")
+    parser.add_argument("--keep", action="store_true", help="leave the works in --output that are not measured now")
     parser.add_argument("--page", type=Path, help="the page to write; docs/benchmarks.md, none with --quick")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds to wait for an arm's answer; 1800")
     parser.add_argument("--quick", action="store_true", help="W1, ours against the naive loop, in two minutes")
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str]) -> None:
         "device": given.device, "rounds": given.rounds, "about": {}, "works": {},
         "command": shlex.join(["python", "-m", "benchmarks.bench", *arguments]),
     }  # fmt: skip
+    kept = json.loads(given.output.read_text()) if given.keep and given.output.exists() else {}
+    result = {**kept, **result, "about": kept.get("about", {}), "works": kept.get("works", {})}
     pythons, missing = prepare(needed, given.venvs, say)
     with tempfile.TemporaryDirectory(prefix="bench-logs-") as logs:
         for name in given.works:
@@ -95,7 +98,10 @@ def main(arguments: Sequence[str]) -> None:
                 pythons, missing,
             )  # fmt: skip
             taking_part = [arm for arm in arms if name in arm.works]
-            result["about"][name] = {"title": work.title, "words": work.words, "steps": steps}
+            result["about"][name] = {
+                "title": work.title, "words": work.words, "steps": steps, "rounds": given.rounds,
+                "date": result["date"], "commit": result["machine"]["commit"],
+            }  # fmt: skip
             result["works"][name] = measure_work(name, taking_part, options, say)
             given.output.write_text(json.dumps(result, indent=1) + "\n")
             sys.stdout.write(f"\n{name}: {work.words}\n\n{work_table(result['works'][name], given.device != 'cpu')}\n")

@@ -201,8 +201,11 @@ def write_page(given: Mapping[str, Any], path: Path) -> None:
     on_gpu = given["device"] != "cpu"
     parts = ["# Benchmarks", "What a step of distillation costs. Repeat it with `make bench`.", measured_on(given), HOW]
     for name, results in given["works"].items():
-        about = given["about"][name]
-        size = f"{given['rounds']} rounds of blocks of {about['steps']} steps."
+        about = {"rounds": given["rounds"], "date": given["date"], "commit": given["machine"]["commit"]}
+        about |= given["about"][name]
+        size = (
+            f"{about['rounds']} rounds of blocks of {about['steps']} steps, {about['date']}, commit {about['commit']}."
+        )
         parts += [f"## {name}: {about['title']}", f"{about['words']} {size}", work_table(results, on_gpu)]
     parts.append(hidden_section(given["works"]))
     parts.append(study_section(given["works"], on_gpu))

@@ -13,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ import benchmarks.image_operators  # noqa: F401  before anything that imports tr
 from benchmarks.arms.table import find_arm
 from benchmarks.machine import describe_machine
 from benchmarks.measure import ROOT
-from benchmarks.page import write_page
+from benchmarks.page import run_section, write_page
 from benchmarks.setting import Setting, Stop
 from benchmarks.summary import STUDY_EPOCHS, STUDY_METHODS, STUDY_RUN_WAYS, STUDY_SEEDS
 from benchmarks.works import WORKS, Collate, make_examples, tiny
@@ -67,19 +66,12 @@ def run_study(batches: int, small: bool) -> dict[str, dict[str, float]]:
                 command = [sys.executable, "-m", "benchmarks.study", "--batches", str(batches), "--folder", str(folder)]
                 command += ["--way", way, "--work", work, *(["--tiny"] if small else [])]
                 done = subprocess.run(
-                    command, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    command, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE,
                     check=True,
                 )  # fmt: skip
                 found[way][method] = float(done.stdout.splitlines()[-1])
                 sys.stderr.write(f"{method}, {way}: {found[way][method]:.0f} s\n")
     return found
-
-
-def add_to(path: Path, study: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put the study into a benchmark's results, and return them."""
-    results = {**json.loads(path.read_text()), "study": study}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    return results
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -91,15 +83,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--tiny", action="store_true", help="models of a few dozen numbers, to try the command")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command; writes nothing")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.way is not None:
         sys.stdout.write(f"\n{run_method(given.way, given.work, given.batches, given.folder, given.tiny)}\n")
         return
-    machine = describe_machine()
-    seconds = run_study(given.batches, given.tiny)
-    write_page(add_to(given.results, {"batches": given.batches, "machine": machine, "seconds": seconds}), given.page)
+    results, machine = json.loads(given.results.read_text()), describe_machine()
+    results["study"] = {"batches": given.batches, "machine": machine, "seconds": run_study(given.batches, given.tiny)}
+    if given.tiny:
+        sys.stdout.write(f"{run_section(results['study'])}\n")
+        return
+    given.results.write_text(json.dumps(results, indent=1) + "\n")
+    write_page(results, given.page)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ RANKS = {
     "models": 1, "data": 1, "matching": 1,
     "signals": 2,
     "methods": 3, "evaluate": 3, "diagnose": 3, "train": 3,
-    "recipe": 5,
+    "kept": 5, "recipe": 5,
     "prepare": 6,
     "finetune": 7, "teacher_cache": 7, "run_folder": 7, "context": 7,
     "measurement": 8,

@@ -64,6 +64,23 @@ def cache(recipe: RecipePath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def kept(
+    delete: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Delete this; may be repeated.")] = None,
+    delete_unused: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Delete what was not used for so many days.")
+    ] = None,
+) -> None:
+    """List what runs have kept for later ones (teachers, their caches and predictions), or delete some of it."""
+    from layerdistill.kept import delete_kept, kept_table, list_kept
+
+    if delete or delete_unused is not None:
+        for entry in delete_kept(delete or (), delete_unused):
+            console.print(f"Deleted {entry.kind} {entry.name}, {entry.bytes / 1e6:,.1f} MB.", highlight=False)
+        return
+    console.print(kept_table(list_kept()))
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder or a hub id.", show_default=False)],
     recipe: RecipePath,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
-from layerdistill.core.home import home
+from layerdistill.core.home import MADE_FROM, TEACHERS, home, note_use
 from layerdistill.core.processes import agreed, held
 from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset, padding_id
@@ -63,7 +63,7 @@ class Teacher:
 
 def kept_teachers() -> Path:
     """Return the folder of fine-tuned teachers."""
-    return home() / "teachers"
+    return home() / TEACHERS
 
 
 def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], console: Console) -> Teacher:
@@ -86,6 +86,7 @@ def load_teacher(prepared: Prepared, make_input: Callable[[Path], StageInput], c
         if not agreed(folder.exists()):
             console.print(f"Training the teacher ({section.name}) on the task; it is kept in {folder} and reused.")
             make_teacher(prepared, start, folder, make_input)
+        note_use(folder / MADE_FROM)
         adapters = kept_adapters(prepared, section, folder)
     return Teacher(open_model(prepared, str(folder), section, loading_dtype(section)).model, adapters)
 
@@ -239,7 +240,7 @@ def keep_teacher(
             note = prepared.recipe.teacher.finetune["lora"]
             save_matrices(partial / ADAPTERS_FOLDER / "lora.safetensors", matrices, note)
         write_json(
-            partial / "made_from.json",
+            partial / MADE_FROM,
             {
                 "model": prepared.recipe.teacher.model or prepared.recipe.teacher.architecture,
                 "data": prepared.recipe.data.model_dump(mode="json"),

@@ -175,6 +175,10 @@ def show_cache(prepared: Prepared, console: Console) -> None:
         f"Teacher cache ({section.cache}): {size / 1e9:.3g} GB in {kept} for {len(lengths):,} distinct examples, "
         f"{signals_in_words(needs)}."
     )
+    if section.dtype == "float32" and fast_dtype() == "bfloat16":
+        console.print(
+            "This machine multiplies bfloat16 natively: with teacher.dtype: fast the teacher takes less time."
+        )
 
 
 def signals_in_words(needs: Needs) -> str:

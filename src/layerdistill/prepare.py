@@ -210,7 +210,7 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
     )
     kept, tokenizer = vocabulary.kept, vocabulary.tokenizer
     check = VocabularyCheck(True, len(kept), len(kept), f"{len(kept)} of the teacher's tokens, under other ids")
-    return replace(
+    trimmed = replace(
         prepared,
         student_config=trim_config(prepared.student_config, kept),
         tokenizer=tokenizer,
@@ -220,6 +220,9 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
         pair=replace(prepared.pair, vocab_size=len(kept) if prepared.pair.vocab_size is not None else None),
         whole=WholeVocabulary(kept, prepared.tokenizer, full, prepared.collator),
     )
+    if problems := trimmed.method.problems(recipe.method, trimmed.pair):
+        raise UserError(*problems)
+    return trimmed
 
 
 def read_with(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Prepared:

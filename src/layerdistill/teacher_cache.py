@@ -16,7 +16,7 @@ from torch import nn
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
-from layerdistill.core.home import home
+from layerdistill.core.home import CACHES, home, note_use
 from layerdistill.core.needs import needs_during
 from layerdistill.core.processes import agreed
 from layerdistill.core.types import Batch, Needs, Stage, TeacherSource
@@ -112,6 +112,7 @@ class StageTeachers:
             self.prepare(folder)
         needs = needs_during(stage.terms, 1, stage_arguments(self.given, stage, self.given.folder).max_steps)
         cached = CachedTeacher(self.live, folder, self.language_model, only_cached=self.config.mode == "require")
+        note_use(folder.folder / MANIFEST_FILE)
         place = folder.folder if folder.folder.exists() else Path()
         on_disk = folder.size + SHARE_OF_DISK * shutil.disk_usage(place).free
         return StreamedTeacher(cached, needs, min(self.config.gb * 1e9, on_disk))
@@ -145,6 +146,7 @@ class StageTeachers:
                 raise UserError(self.nothing_cached(cached, needs))
             self.refuse_too_large(needs)
             self.fill(cached, needs)
+        note_use(folder.folder / MANIFEST_FILE)
         self.given.console.print(
             f"The teacher is read from {folder.folder} ({folder.size / 1e9:.3g} GB, {folder.dtype}).", highlight=False
         )
@@ -286,7 +288,7 @@ QUOTED_AFTER = 3.0
 
 def cache_home() -> Path:
     """Return the folder of caches that no recipe names."""
-    return home() / "cache"
+    return home() / CACHES
 
 
 def stored_dtype(config: CacheConfig, teacher_dtype: str) -> StoredDtype:

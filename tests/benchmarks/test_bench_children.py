@@ -83,7 +83,17 @@ def small_result() -> dict[str, Any]:
         "processor": "a processor", "flags": ["amx_bf16"], "cores": 2, "memory_gb": 24.0, "system": "Linux",
         "python": "3.11", "load": 0.0, "commit": "abc",
     }  # fmt: skip
-    about = {name: {"title": "a title", "words": "Some words.", "steps": 2} for name in works}
+    about = {
+        name: {
+            "title": "a title",
+            "words": "Some words.",
+            "steps": 2,
+            "rounds": 3,
+            "date": "2026-01-01",
+            "commit": "abc",
+        }
+        for name in works
+    }
     return {
         "date": "2026-01-01", "machine": machine, "threads": 1, "device": "cpu", "rounds": 3, "command": "a command",
         "about": about, "works": works,

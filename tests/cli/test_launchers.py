@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from toy_recipe import toy_recipe
+from toy_recipe import toy_recipe, toy_tokenizer
 
 from layerdistill.runner import run
 
@@ -80,3 +81,27 @@ def test_both_launchers_give_the_student_of_a_single_process(tmp_path: Path) -> 
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines if "loss" in line]
         assert steps == [2, 4, 6, 8], "every line is written once"
+
+
+@pytest.mark.slow
+def test_a_trimmed_student_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    student = {"num_blocks": 2, "init": "copy", "vocabulary": "trimmed"}
+    recipe = toy_recipe(tmp_path, "ild", student=student, evaluation={"cost": False})
+    recipe["training"] |= {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    recipe["teacher"] |= {"cache": "fill", "cache_dtype": "float32"}
+    file, home = tmp_path / "recipe.yaml", tmp_path / "home"
+    file.write_text(yaml.safe_dump(recipe))
+    halved = ["train", str(file), "--set", "training.per_device_train_batch_size=4"]
+    done = launch("torchrun", home, *halved, "--set", f"output={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    single = run({**recipe, "output": str(tmp_path / "one")}, console=Console(quiet=True))
+    folders = (single.folder, tmp_path / "two")
+    expected, found = (load_file(folder / "student" / "model.safetensors") for folder in folders)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0, msg=name)
+    vocabularies = [
+        json.loads((folder / "student" / "tokenizer.json").read_text())["model"]["vocab"] for folder in folders
+    ]
+    assert vocabularies[0] == vocabularies[1]
+    assert len(vocabularies[0]) < len(toy_tokenizer())

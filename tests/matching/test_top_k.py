@@ -175,3 +175,17 @@ def test_what_does_not_fit_is_refused() -> None:
         vocabulary_losses(logits(1), head, labels, logits(2), head, top)
     with pytest.raises(UserError, match="9 rows of the student, 8 of the teacher"):
         vocabulary_losses(logits(1), head, labels, teacher_top=TopTokens(top.ids[1:], top.log_probabilities[1:]))
+
+
+def test_what_either_side_excludes_keeps_finite_numbers() -> None:
+    teacher, student = logits(2), logits(1)
+    teacher[:, 3:] = -torch.inf
+    student[:, 0] = -torch.inf
+    student.requires_grad_()
+    top = likeliest_tokens(teacher, TopK(5))
+    assert top.log_probabilities.isfinite().all()
+    for name in DIVERGENCES:
+        found = top_k_divergence(student, top, divergence=name).value  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(found, student)
+        assert found.isfinite()
+        assert gradient.isfinite().all()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.files import PARTIAL_PREFIX
 from layerdistill.signals.cache_folder import MANIFEST_FILE, CacheFolder
 from layerdistill.signals.cache_rows import StoredDtype, decode, encode, stored_bytes
 
@@ -172,6 +173,16 @@ def in_a_child(work: object) -> int:
         finally:
             os._exit(status)
     return child
+
+
+def test_what_a_kill_left_is_swept(tmp_path: Path) -> None:
+    cache = CacheFolder(tmp_path / "c", WHOSE, "float32")
+    cache.prepare()
+    cache.append({key(1): example(1, tokens=3)})
+    for name in (".tmpQCx5n0", f"{PARTIAL_PREFIX}1.safetensors", "not-in-the-manifest.safetensors"):
+        (tmp_path / "c" / name).write_text("half")
+    CacheFolder(tmp_path / "c", WHOSE, "float32").prepare()
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {cache.shards[0]["file"], MANIFEST_FILE, ".lock"}
 
 
 def test_a_kill_loses_the_shard_in_work_and_no_more(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,24 @@ def test_a_tap_of_its_own_is_not_taken_for_another(tmp_path: Path) -> None:
     mask = batches(rows)[0]["attention_mask"].bool()
     for tap, tensor in live.items():
         torch.testing.assert_close(found[tap][mask], tensor[mask], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_on_padding_all_tokens_are_equally_likely(side: str, tmp_path: Path) -> None:
+    """Padding has labels in data that were padded beforehand, and before a text that is padded on the left."""
+    model, rows = tiny_model("llama", "causal-lm"), toy_rows("causal-lm", size=6, seed=2)
+    which, vocabulary = TopK(5, 2.0), model.config.vocab_size
+    batch = batches(rows, 6)[0]
+    if side == "left":
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    cached, needs = cached_teacher(tmp_path / "c", model), Needs(teacher_top=frozenset({which}))
+    cached.fill([batch], needs)
+    padding = ~batch["attention_mask"].bool()
+    assert padding.any()
+    for source in (cached, LiveTeacher(model)):
+        top = source.signal(batch, needs).top[which]
+        torch.testing.assert_close(top.log_probabilities.exp().sum(-1), torch.ones(padding.shape))
+        assert top.log_probabilities[padding][:, 0].tolist() == pytest.approx(
+            [-math.log(vocabulary)] * int(padding.sum())
+        )
+        assert all(len(set(ids)) == which.k for ids in top.ids.flatten(0, 1).tolist())

@@ -56,6 +56,10 @@ class LayerRef:
         )
 
 
+FINAL = LayerRef("", -1)
+"""What enters the head of a model with one stack."""
+
+
 @dataclass(frozen=True, order=True)
 class Tap:
     """A place inside a model that is no layer: the first argument, or the output, of the module at a dotted path."""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import write_text
 from layerdistill.core.fingerprint import fingerprint_files, fingerprint_json
-from layerdistill.core.home import home
+from layerdistill.core.home import PREDICTIONS, home, note_use
 from layerdistill.evaluate.predictions import save_predictions
 
 
@@ -21,9 +21,10 @@ def kept_predictions(identity: Mapping[str, Any], ask: Callable[[], pa.Table]) -
     A file whose bytes are not those that were written is made anew; a folder that cannot be written keeps nothing.
     """
     name = fingerprint_json(identity)
-    table, checksum = (home() / "predictions" / f"{name}{ending}" for ending in (".parquet", ".sha256"))
+    table, checksum = (home() / PREDICTIONS / f"{name}{ending}" for ending in (".parquet", ".sha256"))
     try:
         if checksum.read_text(encoding="utf-8") == fingerprint_files([table]):
+            note_use(checksum)
             return pq.read_table(table)
     except (OSError, UnicodeDecodeError):
         pass  # not kept yet, or broken: the model is asked

@@ -63,8 +63,8 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) ->
     """One minus the cosine between the student's and the teacher's vector, averaged over real tokens; range 0 to 2.
 
     Shapes and mask as in `masked_mse`; the count is in tokens. A zero vector has no direction: its cosine is taken as
-    0 (a loss of 1), and it receives no gradient. Source: DistilBERT (Sanh et al. 2019), cosine embedding loss.
-    Raises UserError when shapes differ.
+    0 (a loss of 1), and it receives no gradient. Once differentiable. Source: DistilBERT (Sanh et al. 2019), cosine
+    embedding loss. Raises UserError when shapes differ.
     """
     distances, missing = direction_distances(*_token_pairs(student, teacher, mask))
     # Half the squared distance of unit vectors, because 1 - <s, t> would leave a rounding error at equality.
@@ -77,7 +77,7 @@ def normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
 
     Equal to `2 (1 - cos)`, so it ranges from 0 to 4 and does not shrink with the width. Shapes and mask as in
     `masked_mse`; the count is in tokens. The distance is squared, so the gradient is smooth where the two agree (the
-    un-squared distance of some code is not). A zero vector stays zero and receives no gradient.
+    un-squared distance of some code is not). A zero vector stays zero and receives no gradient. Once differentiable.
 
     Source: LoRAILD (Suzuki et al. 2025), per layer and over real tokens only; their code normalises the concatenation
     of all layers and averages over padding too. Raises UserError when shapes differ.

@@ -23,6 +23,7 @@ def likeliest_tokens(logits: Tensor, which: TopK) -> TopTokens:
     """Return the likeliest tokens of `(n, vocab)` logits; raises UserError if there are not more tokens than asked for.
 
     The probability of the others is a sum of theirs, not 1 less that of the likeliest, which would be rounding alone.
+    That of a token whose logit is minus infinity is exp(LOWEST_LOG_PROBABILITY).
     """
     width = logits.shape[-1] if which.vocab_size is None else which.vocab_size
     if not 1 <= which.k < width:
@@ -35,7 +36,8 @@ def likeliest_tokens(logits: Tensor, which: TopK) -> TopTokens:
 def _likeliest(softened: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, ids = softened.topk(k, -1)
     others = softened.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return ids, torch.cat([values, others], 1) - softened.logsumexp(-1, keepdim=True)
+    found = torch.cat([values, others], 1) - softened.logsumexp(-1, keepdim=True)
+    return ids, found.masked_fill_(found == -torch.inf, LOWEST_LOG_PROBABILITY)
 
 
 @in_full_precision
@@ -61,8 +63,9 @@ def top_k_divergence(
     others = softened.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     ours = torch.cat([softened.gather(1, ids), others], 1) - softened.logsumexp(-1, keepdim=True)
     values, slope = divergence_of_outcomes(ours.detach(), theirs.to(ours), divergence)
-    # The value is `values`; the second part is 0 and has the gradient.
-    return summed((values + (slope * (ours - ours.detach())).sum(-1)) * temperature**2)
+    # The value is `values`; the second part is 0 and has the gradient. What is excluded has none.
+    known = ours.masked_fill(ours == -torch.inf, 0.0)
+    return summed((values + (slope * (known - known.detach())).sum(-1)) * temperature**2)
 
 
 def divergence_of_outcomes(ours: Tensor, theirs: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:

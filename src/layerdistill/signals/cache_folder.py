@@ -26,6 +26,9 @@ MANIFEST_FILE = "manifest.json"
 KEY_BYTES = 16
 READ_AT_ONCE = 2**24
 WHAT = "The teacher cache"
+UNFINISHED = ".tmp*"
+"""What safetensors itself writes into before it renames it; a kill leaves it behind."""
+
 LOGITS = "logits"
 
 
@@ -141,8 +144,9 @@ class CacheFolder:
         with explained_disk_errors(WHAT, self.folder), self._locked():
             self.refresh()
             sweep_partials(self.folder)
-            for path in self.folder.glob("*.safetensors"):
-                if path.name not in {shard["file"] for shard in self.shards}:
+            known = {shard["file"] for shard in self.shards}
+            for path in [*self.folder.glob("*.safetensors"), *self.folder.glob(UNFINISHED)]:
+                if path.name not in known:
                     path.unlink()
             if not (self.folder / MANIFEST_FILE).exists():
                 self._write_manifest()

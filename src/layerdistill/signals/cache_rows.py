@@ -59,7 +59,7 @@ def decode(kept: Tensor, scale: Tensor | None) -> Tensor:
 def overflow(dtype: StoredDtype) -> str:
     """Return the message for a teacher whose numbers do not fit."""
     return (
-        f"The teacher's hidden states hold numbers that {dtype} cannot (infinite, not a number, or beyond its range), "
-        "so they cannot be cached. Write teacher.cache_dtype: bfloat16 or float32; if that fails too, the teacher "
-        "itself gives infinite numbers."
+        f"What the teacher says (states, log-probabilities) holds numbers that {dtype} cannot: infinite, not a number, "
+        "or beyond its range. So it cannot be cached. Write teacher.cache_dtype: bfloat16 or float32; if that fails "
+        "too, the teacher itself gives infinite numbers."
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from layerdistill.core.types import LayerRef, Needs, TopK
+from layerdistill.core.types import FINAL, Needs, TopK
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.cache_folder import KEY_BYTES, LOGITS
 from layerdistill.signals.cache_rows import StoredDtype, stored_bytes, token_dtype
@@ -49,7 +49,7 @@ def cached_bytes(
     per_token |= {tap_name(tap): _tap_width(inner, tap.module) for tap in inputs.values()}
     per_example = {average_name(layer): widths[layer.stack] for layer in needs.teacher_averages}
     if needs.teacher_logits and language_model:
-        per_token[str(LayerRef("", -1))] = widths[""]
+        per_token[str(FINAL)] = widths[""]
     elif needs.teacher_logits:
         per_example[LOGITS] = inner.config.num_labels
     examples, tokens = len(lengths), sum(lengths)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, LayerRef, Needs, Signal, StackName, Tap, TopK, TopTokens
+from layerdistill.core.types import FINAL, Batch, LayerRef, Needs, Signal, StackName, Tap, TopK, TopTokens
 from layerdistill.models import unwrap
 from layerdistill.signals.cache_folder import LOGITS, CacheFolder, Place
 from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, token_dtype
 from layerdistill.signals.language_head import LanguageHead
-from layerdistill.signals.live_teacher import FINAL, LiveTeacher
+from layerdistill.signals.live_teacher import LiveTeacher, blank_padding
 from layerdistill.signals.row_keys import row_keys
 from layerdistill.signals.source import batch_masks
 from layerdistill.signals.taps import stack_of
@@ -106,12 +106,15 @@ class CachedTeacher:
         for name, tensor, stack in [
             *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
             *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
-            *((name, tensor, "") for which, said in signal.top.items() for name, tensor in kept_top(which, said)),
+            *((name, tensor, "") for which, said in signal.top.items() for name, tensor in named_top(which, said)),
         ]:
             if id(tensor) not in cut:
                 kept = signal.masks[stack].bool()
                 cut[id(tensor)] = list(tensor[kept].cpu().split(kept.sum(1).tolist()))
             found[name] = cut[id(tensor)]
+        for which in signal.top:
+            tokens, narrow = top_names(which)[0], token_dtype(which.vocab_size)
+            found[tokens] = [ids.to(narrow) for ids in found[tokens]]
         for layer, tensor in signal.averages.items():
             found[average_name(layer)] = list(tensor.cpu().split(1))
         if signal.logits is not None:
@@ -155,8 +158,11 @@ class CachedTeacher:
         return torch.cat([self.folder.rows(name, key) for key in keys]).to(mask.device)
 
     def _top(self, keys: Sequence[bytes], which: TopK, mask: Tensor) -> TopTokens:
-        ids, log_probabilities = (self._tokens(keys, name, mask) for name in top_names(which))
-        return TopTokens(ids.long(), log_probabilities.float())
+        tokens, log_probabilities = top_names(which)
+        ids = [self.folder.rows(tokens, key).long() for key in keys]
+        laid_out = lay_out(ids, mask.cpu().bool()).to(mask.device)
+        top = TopTokens(laid_out, self._tokens(keys, log_probabilities, mask).float())
+        return blank_padding(top, which, mask.bool(), self.live.vocabulary)
 
     def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
         if self.head is None:
@@ -238,8 +244,6 @@ def top_names(which: TopK) -> tuple[str, str]:
     return f"{TOKENS}{said}", f"{LOG_PROBABILITIES}{said}"
 
 
-def kept_top(which: TopK, said: TopTokens) -> Iterator[tuple[str, Tensor]]:
-    """Yield likeliest tokens and their log-probabilities by name, the tokens in as few bytes as hold their ids."""
-    tokens, log_probabilities = top_names(which)
-    yield tokens, said.ids.to(token_dtype(which.vocab_size))
-    yield log_probabilities, said.log_probabilities
+def named_top(which: TopK, said: TopTokens) -> Iterator[tuple[str, Tensor]]:
+    """Yield likeliest tokens and their log-probabilities with their names."""
+    yield from zip(top_names(which), (said.ids, said.log_probabilities), strict=True)

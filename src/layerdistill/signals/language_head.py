@@ -109,6 +109,16 @@ class LanguageHead:
         return bool(difference <= allowed)
 
 
+def language_head(model: nn.Module) -> LanguageHead | None:
+    """Return the head of a language model that nothing is wrapped around, None where it is not known."""
+    if unwrap(model) is not model or "" not in find_stacks(model):
+        return None
+    try:
+        return LanguageHead(model)
+    except UserError:
+        return None
+
+
 def configured(model: PreTrainedModel) -> tuple[float, float | None]:
     """Return the scale and the cap of the logits that a model's configuration names: 1 and None where it names none."""
     config = model.config.get_text_config()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerdistill.core.errors import UserError
-from layerdistill.core.types import Batch, LayerRef, Needs, Signal, TopK, TopTokens
+from layerdistill.core.types import FINAL, Batch, Needs, Signal, TopK, TopTokens
 from layerdistill.matching import likeliest_tokens, mean_over_tokens
-from layerdistill.signals.language_head import LanguageHead
+from layerdistill.models import unwrap
+from layerdistill.signals.language_head import LanguageHead, language_head
 from layerdistill.signals.source import run_model
-
-FINAL = LayerRef("", -1)
-"""What enters a language model's head."""
 
 ROWS = 512
 """Tokens whose logits are made at a time, where no more is read of them than the likeliest."""
@@ -53,13 +52,16 @@ class LiveTeacher:
     @cached_property
     def head(self) -> LanguageHead | None:
         """What makes logits of the last states, a few tokens at a time; None where that is not known."""
-        try:
-            return LanguageHead(self.model)
-        except UserError:
-            return None
+        return language_head(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits."""
+        model: Any = unwrap(self.model)
+        return model.config.get_text_config().vocab_size
 
     def _top(self, found: Signal, which: TopK) -> TopTokens:
-        """Return the likeliest tokens of every real position; on padding the first ones, with probabilities of 1."""
+        """Return the likeliest tokens of every real position."""
         mask = found.masks[""].bool()
         parts = [likeliest_tokens(logits, which) for logits in self._logits_of(found, mask)]
         ids = torch.zeros(*mask.shape, which.k, dtype=torch.long, device=mask.device)
@@ -67,7 +69,7 @@ class LiveTeacher:
         if parts:
             ids[mask] = torch.cat([part.ids for part in parts])
             log_probabilities[mask] = torch.cat([part.log_probabilities for part in parts]).float()
-        return TopTokens(ids, log_probabilities)
+        return blank_padding(TopTokens(ids, log_probabilities), which, mask, self.vocabulary)
 
     def _logits_of(self, found: Signal, mask: Tensor) -> Iterable[Tensor]:
         """Yield the logits of real tokens, some rows at a time."""
@@ -76,3 +78,17 @@ class LiveTeacher:
         elif self.head is not None:
             for rows in found.hidden[FINAL][mask].split(ROWS):
                 yield self.head(rows, FINAL)
+
+
+def blank_padding(top: TopTokens, which: TopK, mask: Tensor, vocabulary: int) -> TopTokens:
+    """Return likeliest tokens that say on padding, where `mask` is false, that all tokens are equally likely.
+
+    Padding may have a label, as in data that were padded beforehand; a loss that is taken there must find a
+    distribution.
+    """
+    width = which.vocab_size or vocabulary
+    each, others = -math.log(width), math.log((width - which.k) / width)
+    ids = torch.arange(which.k, device=top.ids.device)
+    equal = torch.tensor([each] * which.k + [others], device=top.ids.device)
+    padding = ~mask.unsqueeze(-1)
+    return TopTokens(torch.where(padding, ids, top.ids), torch.where(padding, equal, top.log_probabilities))

@@ -56,7 +56,8 @@ class StreamedTeacher:
             self.stop(f"it may hold {self.most / 1e9:.3g} GB")
             return
         try:
-            self.filler.keep(keys, replace(said, logits=None) if self.cached.head is not None else said)
+            by_head = said.logits is not None and self.cached.head is not None
+            self.filler.keep(keys, replace(said, logits=None) if by_head else said)
         except UserError as error:
             self.stop(" ".join(error.problems))
 

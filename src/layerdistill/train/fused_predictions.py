@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from layerdistill.core.errors import UserError
 from layerdistill.core.types import (
+    FINAL,
     IGNORED_LABEL,
     Batch,
-    LayerRef,
     Mean,
     Needs,
     Progress,
@@ -22,11 +21,7 @@ from layerdistill.core.types import (
 )
 from layerdistill.matching import next_token_labels
 from layerdistill.matching.vocabulary_loss import VocabularyPart, vocabulary_losses
-from layerdistill.models import find_stacks, unwrap
-from layerdistill.signals.language_head import LanguageHead
-
-FINAL = LayerRef("", -1)
-"""The layer that enters the head."""
+from layerdistill.signals.language_head import LanguageHead, language_head
 
 
 class FusedPredictions:
@@ -127,10 +122,7 @@ def fused_predictions(student: nn.Module | None, teacher: TeacherSource | None, 
 
 def known_head(model: nn.Module | None) -> LanguageHead | None:
     """Return the head of a language model that nothing is wrapped around, None where it is not one known matrix."""
-    if model is None or unwrap(model) is not model or "" not in find_stacks(model):
+    head = language_head(model) if model is not None else None
+    if head is None or head.matrices(next(head.head.parameters()).device) is None:
         return None
-    try:
-        head = LanguageHead(model)
-    except UserError:
-        return None
-    return head if head.matrices(next(head.head.parameters()).device) is not None else None
+    return head
