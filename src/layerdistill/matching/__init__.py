@@ -1,5 +1,6 @@
 """The mathematics: pure functions of tensors that any training loop can use; imports torch and `core` only."""
 
+from layerdistill.core.types import TopK, TopTokens
 from layerdistill.matching.angles import angle_null, layer_angles
 from layerdistill.matching.cka import (
     CkaStatistics,
@@ -40,6 +41,8 @@ __all__ = [
     "LayerMap",
     "MapRow",
     "Projections",
+    "TopK",
+    "TopTokens",
     "VocabularyHead",
     "angle_null",
     "binary_cross_entropy",
