@@ -151,7 +151,7 @@ def run_section(study: Mapping[str, Any] | None) -> str:
     text = f"""### The same study, run
 
 {len(STUDY_METHODS)} methods x {STUDY_SEEDS} runs x {STUDY_EPOCHS} epochs over {batches * STUDY_BATCH} examples ({runs}
-runs of {batches * STUDY_EPOCHS} steps for each way), by `python -m benchmarks.study` at commit
+runs of {batches * STUDY_EPOCHS} steps for each way), by `python -m benchmarks.study --batches {batches}` at commit
 {study["machine"]["commit"]}, load {study["machine"]["load"]:.2f} before the start. Process seconds from making the
 models to the last step, so that a cache's filling and checks and each run's setting up are in it. The methods are run
 in this order: kd fills a cache with logits, and ild runs the teacher once more for the layers. So few examples are

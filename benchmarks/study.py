@@ -1,6 +1,7 @@
 """W4 run, not computed, on few examples: `python -m benchmarks.study`, after `make bench`, into its results and page.
 
-Every way to do the study runs each method once per seed, method by method, a process for each. What is counted is the
+Every way to do the study runs each method as often as there are seeds, a process for each method (a step costs the same
+whatever the seed, so it is one seed). What is counted is the
 process time from making the models to the last step: a cache's filling, its checks and each run's setting up with it.
 """
 

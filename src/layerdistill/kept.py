@@ -24,7 +24,7 @@ from layerdistill.core.processes import file_lock
 KINDS = {TEACHERS: "fine-tuned teacher", CACHES: "teacher cache", PREDICTIONS: "predictions"}
 """The home folder's parts and what an entry of each is called."""
 
-BESIDE = {".work", ".lock", ".parquet", ".sha256"}
+BESIDE = {".work", ".parquet", ".sha256"}
 """What the names of files and folders of one entry end with."""
 
 DAY = 86_400.0

@@ -96,7 +96,7 @@ class Signal:
     `logits` is `(batch, classes)` or `(batch, seq, vocab)`. `hidden[layer]` is `(batch, seq, hidden)`. `masks[stack]`
     is `(batch, seq)`, 1 on real tokens and 0 on padding. `taps[tap]` is `(batch, seq, features)`. `averages[layer]` is
     `(batch, hidden)`, the mean of a layer over each example's real tokens. `top[what]` are the likeliest tokens of each
-    position, `(batch, seq, k)`; on padding they say nothing.
+    position, `(batch, seq, k)`; on padding all tokens are equally likely.
     """
 
     logits: Tensor | None

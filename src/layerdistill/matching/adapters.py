@@ -44,6 +44,7 @@ def adapter_loss(
 
     Source: LoRAILD (Suzuki et al. 2025, doi 10.18653/v1/2025.insights-1.10), their released code. Deviations: padding
     does not count (no mask: all positions do), and a vector of norm 1e-8 or less is taken as 0 and gets no gradient.
+    Normalised distances are once differentiable.
     Raises UserError when the two sides differ in shape.
     """
     _refuse_unequal(student, teacher)

@@ -92,7 +92,7 @@ def padded_normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None 
     Shapes as in `masked_mse`; the count is in real tokens. Equal to `normalised_mse` where nothing is padded. Source:
     the released code of Yu et al. (2025, https://arxiv.org/abs/2502.04499) for Qwen3, where padding pulls too and each
     real token weighs less the more padding there is; not for anything else. What stands in padding reaches the value
-    and the gradient. Raises UserError when shapes differ.
+    and the gradient. Once differentiable. Raises UserError when shapes differ.
     """
     distances, _ = direction_distances(*_token_pairs(student, teacher, None))
     positions = distances.shape[0]
