@@ -71,13 +71,14 @@ def test_the_identity_changes_nothing_and_a_nonlinear_filter_has_a_gelu() -> Non
     torch.testing.assert_close(filters(LAYERS[0], hidden), inside @ outer.weight.T + outer.bias)
 
 
-def test_low_precision_states_are_filtered_in_float32() -> None:
+def test_low_precision_states_are_filtered_in_float32_without_autocast() -> None:
     filters = Filters(LAYERS, 5, 3)
     hidden = draw(2, 5).bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = filters(LAYERS[0], hidden)
+    found = filters(LAYERS[0], hidden)
     assert found.dtype == torch.float32
     assert torch.equal(found, filters(LAYERS[0], hidden.float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert filters(LAYERS[0], hidden).dtype == torch.bfloat16
 
 
 def test_what_cannot_be_is_refused() -> None:

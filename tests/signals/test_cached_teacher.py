@@ -21,7 +21,8 @@ from layerdistill.signals import LiveTeacher
 from layerdistill.signals.cache_folder import CacheFolder
 from layerdistill.signals.cache_rows import StoredDtype
 from layerdistill.signals.cache_size import cached_bytes
-from layerdistill.signals.cached_teacher import CachedTeacher, lay_out
+from layerdistill.signals.cached_teacher import CachedTeacher
+from layerdistill.signals.laid_out import spread
 
 LAYERS = frozenset({LayerRef("", 0), LayerRef("", 2), LayerRef("", -1)})
 
@@ -159,7 +160,7 @@ def test_rows_are_laid_out_where_the_mask_says(side: str) -> None:
     for number, (row, kept) in enumerate(zip(rows, mask, strict=True)):
         start = {"left": 6 - len(row), "right": 0, "both": number}[side]
         kept[start : start + len(row)] = True
-    found = lay_out(rows, mask)
+    found = spread(torch.cat(rows), mask)
     assert found.shape == (3, 6, 2)
     assert torch.equal(found[mask], torch.cat(rows))
     assert not found[~mask].any()

@@ -96,7 +96,8 @@ class Signal:
     `logits` is `(batch, classes)` or `(batch, seq, vocab)`. `hidden[layer]` is `(batch, seq, hidden)`. `masks[stack]`
     is `(batch, seq)`, 1 on real tokens and 0 on padding. `taps[tap]` is `(batch, seq, features)`. `averages[layer]` is
     `(batch, hidden)`, the mean of a layer over each example's real tokens. `top[what]` are the likeliest tokens of each
-    position, `(batch, seq, k)`; on padding all tokens are equally likely.
+    position, `(batch, seq, k)`; on padding all tokens are equally likely. `rows[layer]`, where the source has them, is
+    `(tokens, hidden)`: what `hidden[layer]` holds at real tokens, example by example.
     """
 
     logits: Tensor | None
@@ -105,6 +106,7 @@ class Signal:
     taps: Mapping[Tap, Tensor] = field(default_factory=dict)
     averages: Mapping[LayerRef, Tensor] = field(default_factory=dict)
     top: Mapping[TopK, TopTokens] = field(default_factory=dict)
+    rows: Mapping[LayerRef, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from layerdistill.matching.logits import (
     soft_cross_entropy,
 )
 from layerdistill.matching.pooled import direction_distance, mean_over_tokens
+from layerdistill.matching.projected import LinearMap, projected_mse
 from layerdistill.matching.projection import Projections
 from layerdistill.matching.top_k import likeliest_tokens, top_k_divergence
 from layerdistill.matching.vocabulary_head import VocabularyHead
@@ -39,6 +40,7 @@ from layerdistill.matching.vocabulary_loss import vocabulary_losses
 __all__ = [
     "CkaStatistics",
     "LayerMap",
+    "LinearMap",
     "MapRow",
     "Projections",
     "TopK",
@@ -69,6 +71,7 @@ __all__ = [
     "next_token_labels",
     "normalised_mse",
     "padded_normalised_mse",
+    "projected_mse",
     "reverse_kl",
     "soft_cross_entropy",
     "top_k_divergence",

@@ -239,9 +239,9 @@ def _paired(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _same_number(student: Tensor, target: Side) -> None:
-    if student.shape[0] != target.rows.shape[0]:
+    if student.shape[0] != target.number:
         raise UserError(
-            f"the student has {student.shape[0]} real tokens and the cka_target {target.rows.shape[0]}, but they are "
+            f"the student has {student.shape[0]} real tokens and the cka_target {target.number}, but they are "
             "compared token by token: make the target from the same batch and mask."
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef
-from layerdistill.matching.rows import in_full_precision
+from layerdistill.matching.projected import LinearMap
 
 FilterInit = Literal["normal", "identity"]
 
@@ -53,18 +53,26 @@ class Filters(nn.Module):
             with seeded(seed, "filter", whose, layer):
                 self.maps[self._name(layer)] = _make_filter(width, size, init, nonlinear)
 
-    @in_full_precision
-    def forward(self, layer: LayerRef, hidden: Tensor) -> Tensor:
-        """Return what the filter of `layer` makes of `hidden`, in the filter's dtype (float32 unless it was cast).
+    def linear_map(self, layer: LayerRef) -> LinearMap | None:
+        """Return the filter of `layer`, None where it is not linear; raises UserError for a layer that has none."""
+        chosen = self._filter(layer)
+        return LinearMap(chosen.weight, chosen.bias) if isinstance(chosen, nn.Linear) else None
 
+    def forward(self, layer: LayerRef, hidden: Tensor) -> Tensor:
+        """Return what the filter of `layer` makes of `hidden`.
+
+        Computed in the filter's dtype (float32 unless it was cast), under autocast in its dtype, as any linear layer.
         Raises UserError for a layer that has no filter.
         """
+        chosen = self._filter(layer)
+        return chosen(hidden.to(next(chosen.parameters()).dtype))
+
+    def _filter(self, layer: LayerRef) -> nn.Module:
         if layer not in self.layers:
             raise UserError(
                 f"there is no filter for layer {layer}; there are filters for: {', '.join(map(str, self.layers))}."
             )
-        chosen = self.maps[self._name(layer)]
-        return chosen(hidden.to(next(chosen.parameters()).dtype))
+        return self.maps[self._name(layer)]
 
     @staticmethod
     def _name(layer: LayerRef) -> str:

@@ -33,10 +33,13 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, div
     """
     s, t = _token_pairs(student, teacher, mask)
     total = _SquaredDistance.apply(s, t) / s.shape[1]
-    if divide_by_teacher:
-        teacher_square = t.square().sum() / max(t.numel(), 1)
-        total = total / torch.where(teacher_square == 0, torch.ones_like(teacher_square), teacher_square)
-    return Mean(total, s.new_tensor(s.shape[0]))
+    return Mean(relative_to(total, t) if divide_by_teacher else total, s.new_tensor(s.shape[0]))
+
+
+def relative_to(total: Tensor, teacher: Tensor) -> Tensor:
+    """Return a squared distance divided by the mean square of the teacher's rows, undivided where that is 0."""
+    square = teacher.square().sum() / max(teacher.numel(), 1)
+    return total / torch.where(square == 0, torch.ones_like(square), square)
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -119,11 +122,16 @@ def _standardised(rows: Tensor) -> Tensor:
 
 
 def _token_pairs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if student.shape[-1] != teacher.shape[-1]:
-        raise UserError(
-            f"the student's hidden states are {student.shape[-1]} wide and the teacher's {teacher.shape[-1]}, but this "
-            "loss compares equal widths: put a projection (linear, orthogonal, frozen_random) before it, or use the "
-            "cka loss, which needs none."
-        )
+    equal_widths(student.shape[-1], teacher.shape[-1])
     same_rows(student, teacher)
     return in_one_dtype(real_rows(student, mask), real_rows(teacher.detach(), mask))
+
+
+def equal_widths(student: int, teacher: int) -> None:
+    """Raise UserError unless both sides are equally wide."""
+    if student != teacher:
+        raise UserError(
+            f"the student's hidden states are {student} wide and the teacher's {teacher}, but this loss compares equal "
+            "widths: put a projection (linear, orthogonal, frozen_random) before it, or use the cka loss, which needs "
+            "none."
+        )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layerdistill.matching.rows import upcast
+from layerdistill.matching.rows import as_factor, upcast
 
 Form = Literal["auto", "feature", "gram"]
 """`feature`: hidden x hidden matrices; `gram`: tokens x tokens; `auto`: whichever needs fewer multiply-adds."""
@@ -30,25 +30,29 @@ class Side:
 
     `count` is the number of all processes' rows, `scale` the Frobenius norm of the centred ones (1 where they do not
     vary, which `flat` says), all 0-d. They and all sums are in the precision of `rows`; the centred rows are kept, and
-    multiplied, in `factors` (default: the same).
+    multiplied, in `factors` (default: the same). `number` is that of this process's rows, after which `rows` may hold
+    rows of zeros (`as_factor`).
     """
 
     def __init__(self, rows: Tensor, reduce: Reduce, factors: torch.dtype | None = None) -> None:
         self.reduce = reduce
+        self.number = len(rows)
         self._second_moments: Tensor | None = None
         self._gram: Tensor | None = None
         with torch.no_grad():
             sums = reduce(torch.cat([rows.new_full((1,), rows.shape[0]), rows.sum(0)]))
             self.count, total = sums[0], sums[1:]
             mean = total / self.count.clamp(min=1)
-            # The mean is taken twice: the first takes away what all rows share, the second what rounding left of it.
             centred = rows - mean
-            centred -= reduce(centred.sum(0)) / self.count.clamp(min=1)
+            if factors in (None, rows.dtype):
+                # The mean is taken twice: the first takes away what all rows share, the second what rounding left of
+                # it. It leaves less than factors of fewer bits are rounded by.
+                centred -= reduce(centred.sum(0)) / self.count.clamp(min=1)
             square = reduce(torch.linalg.vector_norm(centred).square())
             norm, raw = square.sqrt(), (square + self.count * mean.square().sum()).sqrt()
             self.flat = norm <= torch.finfo(rows.dtype).eps * raw
             self.scale = torch.where(self.flat, torch.ones_like(norm), norm)
-            self.rows = centred.to(factors or rows.dtype)
+            self.rows = as_factor(centred, factors or rows.dtype)
 
     def second_moments(self) -> Tensor:
         """Return X'X over all processes, `(hidden, hidden)`, of the rows divided by `scale`; computed once."""
@@ -99,7 +103,7 @@ def cheaper_form(rows: int, width_x: int, width_y: int) -> Form:
 
 def cross_moments(x: Side, y: Side) -> Tensor:
     """Return Y'X over all processes, `(hidden_y, hidden_x)`, of the rows divided by their `scale`."""
-    return x.reduce(upcast(y.rows.T @ x.rows)) / (y.scale * x.scale)
+    return x.reduce(upcast(y.rows.T @ x.rows)).div_(y.scale * x.scale)
 
 
 def similarity(x: Tensor, y: Tensor, side_x: Side, side_y: Side, debiased: bool, form: Form) -> Similarity:
@@ -192,6 +196,7 @@ def _gradient(side: Side, other: Side, cross: Tensor | None, towards: Tensor, ba
     else:
         gradient = upcast(other.rows @ (cross * (towards / (side.scale * other.scale))).to(dtype))
         gradient -= side.rows @ (side.second_moments() * (back / (side.scale * side.scale))).to(dtype)
+    gradient = gradient[: side.number]
     if debiased:
         count = side.count.clamp(min=fewest_rows(True))
         weights = towards * _correction_slope(other, count) - back * _correction_slope(side, count)
@@ -203,7 +208,8 @@ def _gradient(side: Side, other: Side, cross: Tensor | None, towards: Tensor, ba
 def _products(x: Side, y: Side, cross: Tensor | None) -> Products:
     if cross is None:
         return Products((y.gram() * x.gram()).sum(), (x.gram() * x.gram()).sum(), (y.gram() * y.gram()).sum())
-    return Products(cross.square().sum(), x.second_moments().square().sum(), y.second_moments().square().sum())
+    moments = cross, x.second_moments(), y.second_moments()
+    return Products(*(torch.linalg.vector_norm(product).square() for product in moments))
 
 
 def _correction(x: Side, y: Side, count: Tensor) -> Tensor:

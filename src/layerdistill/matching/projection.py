@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef
+from layerdistill.matching.projected import LinearMap, linear_product
 from layerdistill.matching.rows import full_precision
 
 ProjectionKind = Literal["identity", "linear", "frozen_random", "orthogonal"]
@@ -60,18 +60,27 @@ class Projections(nn.Module):
         """How many trained numbers the maps have; all are discarded with them."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def linear_map(self, layer: LayerRef) -> LinearMap | None:
+        """Return the map of `layer`, None for `identity`; raises UserError for a layer that has none."""
+        self._check(layer)
+        if self.kind == "identity":
+            return None
+        chosen: Any = self.maps[self._name(layer)]
+        return chosen.linear_map()
+
     def forward(self, layer: LayerRef, hidden: Tensor) -> Tensor:
         """Return the student's `hidden` `(..., student_width)` of `layer` in the teacher's width.
 
         Computed in the maps' dtype (float32 unless the module was cast), under autocast in its dtype, as any linear
         layer; `identity` returns its input.
         """
+        linear = self.linear_map(layer)
+        return hidden if linear is None else linear_product(hidden, linear)
+
+    def _check(self, layer: LayerRef) -> None:
         if layer not in self.layers:
             known = ", ".join(str(known) for known in self.layers)
             raise UserError(f"there is no projection for layer {layer}; there are projections for: {known}.")
-        if self.kind == "identity":
-            return hidden
-        return self.maps[self._name(layer)](hidden)
 
     def _name(self, layer: LayerRef) -> str:
         # A module's name may not hold a dot.
@@ -79,10 +88,9 @@ class Projections(nn.Module):
 
 
 class _Linear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        with full_precision(input):  # an orthogonal weight is computed here, and would not be orthogonal in bfloat16
-            weight = self.weight
-        return functional.linear(input.to(weight.dtype), weight, self.bias)
+    def linear_map(self) -> LinearMap:
+        with full_precision(next(self.parameters())):  # an orthogonal weight is computed here: not in bfloat16
+            return LinearMap(self.weight, self.bias)
 
 
 class _FrozenLinear(nn.Module):
@@ -90,9 +98,8 @@ class _FrozenLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        weight = self.get_buffer("weight")
-        return functional.linear(hidden.to(weight.dtype), weight)
+    def linear_map(self) -> LinearMap:
+        return LinearMap(self.get_buffer("weight"))
 
 
 def _check(kind: str, student_width: int, teacher_width: int, bias: bool) -> None:

@@ -70,6 +70,7 @@ class CentredKernelAlignment:
             reduce=config.reduce,
             whole_batch=True,
             prepare=distance.prepare,
+            dtype=config.products,
         )
         yield Stage("distill", pair.student, nn.ModuleList([*prediction_terms(config, pair), hidden]))
 

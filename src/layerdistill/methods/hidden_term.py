@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from layerdistill.core.types import Batch, LayerRef, Mean, Needs, Progress, Signal, StackName, Unit
 from layerdistill.matching import LayerMap, Projections
 from layerdistill.matching.filters import Filters
+from layerdistill.matching.projected import LinearMap
 
 Distance = Callable[[Tensor, Any, Tensor | None], Mean]
 """A function of the student's rows and the teacher's, `(tokens, hidden)`, and a mask `(tokens,)` or None: all count."""
+
+ProjectedDistance = Callable[[Tensor, LinearMap, Any], Mean]
+"""The same of all rows after a linear map of the student's, which is part of the computation."""
 
 
 class HiddenTerm(nn.Module):
@@ -38,12 +43,16 @@ class HiddenTerm(nn.Module):
         padding: bool = False,
         sees_padding: bool = False,
         prepare: Callable[[Tensor], Any] | None = None,
+        projected: ProjectedDistance | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`whole_batch` says that the distance is one number per batch (CKA), not a sum over tokens.
 
         `padding` says that padding is compared too, like any token; `sees_padding` that the distance is given padding
         together with the mask, and makes of it what it will. `prepare` makes of the teacher's rows what the distance
         takes in their place; it is called once for all student layers that are matched with the same teacher layers.
+        `projected` is `distance` for rows that are all compared, together with a linear projection. `dtype` is that in
+        which projections and distances multiply, as under autocast; None: what the training does.
         """
         super().__init__()
         self.maps = list(maps)
@@ -57,6 +66,8 @@ class HiddenTerm(nn.Module):
         self.padding = padding
         self.sees_padding = sees_padding
         self.prepare = prepare
+        self.projected = projected
+        self.dtype = dtype
 
     def groups(self, progress: Progress) -> list[tuple[LayerRef, tuple[LayerRef, ...]]]:
         """Return the matched layers at this point of training."""
@@ -88,13 +99,21 @@ class HiddenTerm(nn.Module):
         prepared: dict[tuple[LayerRef, ...], Any] = {}
         for layer, targets in self.groups(progress):
             chosen, mask = rows[layer.stack]
-            ours = take_rows(student.hidden[layer], chosen)
-            if self.projections:
-                ours = self.projections[layer.stack or "only"](layer, ours)
-            if targets not in prepared:
-                prepared[targets] = self._teacher_side(teacher, layer.stack, targets, chosen)
-            means[pair_name(layer, targets)] = self.distance(ours, prepared[targets], mask)
+            with products_in(self.dtype, student.hidden[layer].device):
+                if targets not in prepared:
+                    prepared[targets] = self._teacher_side(teacher, layer.stack, targets, chosen)
+                ours = take_rows(student.hidden[layer], chosen)
+                means[pair_name(layer, targets)] = self._distance(layer, ours, prepared[targets], mask)
         return means
+
+    def _distance(self, layer: LayerRef, ours: Tensor, theirs: Any, mask: Tensor | None) -> Mean:
+        if not self.projections:
+            return self.distance(ours, theirs, mask)
+        projections: Any = self.projections[layer.stack or "only"]
+        linear = projections.linear_map(layer) if self.projected else None
+        if self.projected and linear and mask is None:
+            return self.projected(ours, linear, theirs)
+        return self.distance(projections(layer, ours), theirs, mask)
 
     def _rows(self, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return which rows are compared (None: all), and the mask that the distance is given with them.
@@ -112,13 +131,24 @@ class HiddenTerm(nn.Module):
     def _teacher_side(
         self, teacher: Signal, stack: StackName, targets: tuple[LayerRef, ...], chosen: Tensor | None
     ) -> Any:
-        theirs = [take_rows(teacher.hidden[target], chosen) for target in targets]
+        with_padding = self.padding or self.sees_padding
+        theirs = [
+            take_rows(teacher.hidden[target], chosen)
+            if with_padding or target not in teacher.rows
+            else teacher.rows[target]
+            for target in targets
+        ]
         if self.teacher_filters:
             filters = self.teacher_filters[stack or "only"]
             with torch.no_grad():
                 theirs = [filters(target, state) for target, state in zip(targets, theirs, strict=True)]
         averaged = average_states(theirs)
         return self.prepare(averaged) if self.prepare else averaged
+
+
+def products_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is on with a dtype, or one that changes nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def take_rows(states: Tensor, chosen: Tensor | None) -> Tensor:

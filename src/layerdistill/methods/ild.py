@@ -16,9 +16,10 @@ from layerdistill.matching import (
     masked_mse,
     normalised_mse,
     padded_normalised_mse,
+    projected_mse,
 )
 from layerdistill.matching.projection import ProjectionKind
-from layerdistill.methods.hidden_term import Distance, HiddenTerm
+from layerdistill.methods.hidden_term import Distance, HiddenTerm, ProjectedDistance
 from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
 from layerdistill.methods.preview import preview_stages
 
@@ -30,6 +31,11 @@ DISTANCES: dict[str, Distance] = {
     "layer_norm_mse": layer_norm_mse,
     "padded_normalised_mse": padded_normalised_mse,
 }
+PROJECTED: dict[str, ProjectedDistance] = {
+    "mse": projected_mse,
+    "relative_mse": partial(projected_mse, divide_by_teacher=True),
+}
+"""Distances that are computed together with a linear projection."""
 SEES_PADDING = ("padded_normalised_mse",)
 """Distances that count padding, as the released code that they follow does."""
 TRAINED: set[ProjectionKind] = {"linear", "orthogonal"}
@@ -96,6 +102,8 @@ class IntermediateLayerDistillation:
             projections,
             config.reduce,
             sees_padding=config.distance in SEES_PADDING,
+            projected=PROJECTED.get(config.distance),
+            dtype=config.products,
         )
         yield Stage("distill", pair.student, nn.ModuleList([*prediction_terms(config, pair), hidden]))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import LayerRef, Pair, StackName
@@ -12,6 +14,7 @@ from layerdistill.methods.logits_term import LogitsTerm
 from layerdistill.methods.predictions import PredictionsConfig, logits_term, predictions_problems
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.methods.weights import HiddenWeights
+from layerdistill.models.fast_dtype import fast_dtype
 
 Strategy = Literal["forward", "reverse", "all_to_one", "random", "in_order_random", "average", "last", "skip"]
 LayerName = int | str
@@ -41,6 +44,16 @@ class MatchedConfig(LayerMapConfig, PredictionsConfig):
 
     weights: HiddenWeights = HiddenWeights()
     """Coefficients of the three terms."""
+
+    hidden_dtype: Literal["fast", "bfloat16"] | None = None
+    """What hidden terms multiply in (projections, filters, CKA); fast: bfloat16 where this machine multiplies it
+    natively, else null; null: as the student is trained. Sums and losses stay float32."""
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """The dtype of `hidden_dtype` on this machine, None to follow the training."""
+        chosen = fast_dtype() if self.hidden_dtype == "fast" else self.hidden_dtype
+        return torch.bfloat16 if chosen == "bfloat16" else None
 
 
 def build_maps(config: LayerMapConfig, pair: Pair) -> list[LayerMap]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef, Mean, Pair, RunContext, StackName, Stage, StagePreview, TeacherSource
-from layerdistill.matching import LayerMap, masked_mse
+from layerdistill.matching import LayerMap, masked_mse, projected_mse
 from layerdistill.matching.filters import Filters
 from layerdistill.methods.filter_term import (
     ClassifierFilterTerm,
@@ -113,25 +113,29 @@ def distill_stage(pair: Pair, config: TedConfig, maps: Sequence[LayerMap], filte
     for module in filters["teacher"].values():
         module.requires_grad_(False)
     if maps:
-        distance = partial(masked_mse, divide_by_teacher=config.relative)
+        distances = [partial(each, divide_by_teacher=config.relative) for each in (masked_mse, projected_mse)]
+        if not config.mask_padding:
+            distances = [partial(mean_of_batch, distance) for distance in distances]
         terms.append(
             HiddenTerm(
                 maps,
-                distance if config.mask_padding else partial(mean_of_batch, distance),
+                distances[0],
                 config.weights.hidden,
                 filters["student"],
                 config.reduce,
                 whole_batch=not config.mask_padding,
                 teacher_filters=filters["teacher"],
                 padding=not config.mask_padding,
+                projected=distances[1],
+                dtype=config.products,
             )
         )
     return Stage("distill", pair.student, nn.ModuleList(terms))
 
 
-def mean_of_batch(distance: Any, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Mean:
+def mean_of_batch(distance: Callable[..., Mean], *sides: Any) -> Mean:
     """Return a distance as one number per batch: with padding counted there is no count of tokens to divide by."""
-    value = distance(student, teacher, mask).value
+    value = distance(*sides).value
     return Mean(value, torch.ones_like(value))
 
 

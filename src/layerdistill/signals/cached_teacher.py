@@ -13,6 +13,7 @@ from layerdistill.core.types import FINAL, Batch, LayerRef, Needs, Signal, Stack
 from layerdistill.models import unwrap
 from layerdistill.signals.cache_folder import LOGITS, CacheFolder, Place
 from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, token_dtype
+from layerdistill.signals.laid_out import LaidOut, spread
 from layerdistill.signals.language_head import LanguageHead
 from layerdistill.signals.live_teacher import LiveTeacher, blank_padding
 from layerdistill.signals.row_keys import row_keys
@@ -57,14 +58,14 @@ class CachedTeacher:
         if not self.folder.has(self.names(needs), keys):
             raise UserError(CHANGED)
         masks = batch_masks(unwrap(self.live.model), batch)
-        hidden = {layer: self._tokens(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
+        rows = {layer: self._rows(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
         taps = self._taps(keys, needs.teacher_taps, masks)
         averages = {
-            layer: self._examples(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
+            layer: self._rows(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
         }
         top = {which: self._top(keys, which, masks[""]) for which in needs.teacher_top}
         logits = self._logits(keys, masks) if needs.teacher_logits else None
-        return Signal(logits, hidden, masks, taps, averages, top)
+        return Signal(logits, LaidOut(rows, masks), masks, taps, averages, top, rows)
 
     @cached_property
     def head(self) -> LanguageHead | None:
@@ -150,23 +151,21 @@ class CachedTeacher:
 
     def _tokens(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
         """Return `(batch, seq, width)` with zeros on padding, on the mask's device."""
-        rows = [self.folder.rows(name, key) for key in keys]
-        return lay_out(rows, mask.cpu().bool()).to(mask.device)
+        return spread(self._rows(keys, name, mask), mask)
 
-    def _examples(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
-        """Return `(batch, width)`, on the mask's device."""
+    def _rows(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
+        """Return the rows of all examples, `(tokens, width)` or `(batch, width)`, on the mask's device."""
         return torch.cat([self.folder.rows(name, key) for key in keys]).to(mask.device)
 
     def _top(self, keys: Sequence[bytes], which: TopK, mask: Tensor) -> TopTokens:
         tokens, log_probabilities = top_names(which)
-        ids = [self.folder.rows(tokens, key).long() for key in keys]
-        laid_out = lay_out(ids, mask.cpu().bool()).to(mask.device)
-        top = TopTokens(laid_out, self._tokens(keys, log_probabilities, mask).float())
+        ids = torch.cat([self.folder.rows(tokens, key).long() for key in keys]).to(mask.device)
+        top = TopTokens(spread(ids, mask), self._tokens(keys, log_probabilities, mask).float())
         return blank_padding(top, which, mask.bool(), self.live.vocabulary)
 
     def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
         if self.head is None:
-            return self._examples(keys, LOGITS, next(iter(masks.values())))
+            return self._rows(keys, LOGITS, next(iter(masks.values())))
         states = self._tokens(keys, str(FINAL), masks[""])
         with torch.no_grad():
             return self.head(states.flatten(0, 1), FINAL).view(*states.shape[:2], -1)
@@ -215,17 +214,6 @@ class Filler:
         """Write what is waiting."""
         self.cached.folder.append(self.waiting)
         self.waiting, self.size = {}, 0
-
-
-def lay_out(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Return the rows `(n, width)` of each example where `mask` `(batch, seq)` is true, and zeros elsewhere."""
-    padded = rows[0].new_zeros(*mask.shape, rows[0].shape[1])
-    if (mask[:, 1:] & ~mask[:, :-1]).any():
-        padded[mask] = torch.cat(list(rows))
-        return padded
-    for target, row in zip(padded, rows, strict=True):  # padding on the right: one copy an example
-        target[: len(row)] = row
-    return padded
 
 
 def tap_name(tap: Tap) -> str:
