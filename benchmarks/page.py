@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms.table import FLOOR, REFERENCE
+from benchmarks.arms.table import FLOOR, REFERENCE, WITH_HIDDEN
 from benchmarks.summary import (
     PLAIN,
     STUDY_BATCH,
@@ -28,8 +28,8 @@ from benchmarks.summary import (
     per_step,
     positions_per_step,
     ratio,
+    share_of_part,
     study_seconds,
-    teachers_share,
 )
 
 HOW = f"""Every arm runs in a process of its own, the tools compared with in an environment of their own (installed by
@@ -40,15 +40,15 @@ use when models and data were loaded, optimizer states and all. **R0** is the {R
 under `no_grad` with `output_hidden_states=True` at every step, shuffled batches, dynamic padding, `torch.optim.AdamW`.
 The **{FLOOR.name}** is the same loop with the teacher's outputs in memory: the student's own forward, backward and
 optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor, "teacher" the share in
-which the teacher is run or, from a cache, read. "Positions" are those of a step's batch on average, padding too: where
+which the teacher is run or, from a cache, read, "hidden terms" the one in which these are computed, forward and
+backward. "Positions" are those of a step's batch on average, padding too: where
 texts of similar length come together there are fewer, and blocks differ more from one another.
 
 Before anything is timed, every arm does one step without dropout on the same first batch, and its loss terms are
 compared with R0's; the column on the right says where they differ, and why."""
 
 
-HIDDEN_WORKS = ("W1", "W2", "W4-cosine")
-HIDDEN_ARMS = (REFERENCE.name, "layerdistill, cached")
+HIDDEN_ARMS = (REFERENCE.name, "layerdistill, cached, float32", "layerdistill, cached")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -102,11 +102,12 @@ def work_table(results: Results, on_gpu: bool) -> str:
             "" if positions is None else f"{positions:,.0f}",
             "" if peak is None else f"{peak / 1e6:,.0f}",
             "" if peak is None or not reference else f"{peak / reference:.2f}",
-            "" if share is None else f"{share:.0%}", percent(teachers_share(result)), remarks(results, name),
+            "" if share is None else f"{share:.0%}", percent(share_of_part(result, "teacher")),
+            percent(share_of_part(result, "hidden")), remarks(results, name),
         ])  # fmt: skip
     head = [
         "arm", "CPU ms", "CPU / R0", "wall ms", "wall / R0", "positions", "MB over base", "/ R0",
-        "not the student's own", "teacher", "",
+        "not the student's own", "teacher", "hidden terms", "",
     ]  # fmt: skip
     return table(head, rows)
 
@@ -163,19 +164,20 @@ unkind to a cache: what a run takes besides its steps weighs more than in a real
 
 def hidden_section(works: Mapping[str, Results]) -> str:
     """Return the section on what hidden terms cost, empty where the work without them was not measured."""
-    shares = {
-        (work, arm): hidden_share(works, work, arm) for work in works for arm in HIDDEN_ARMS if work in HIDDEN_WORKS
-    }
-    rows = [[work, arm, percent(share), ""] for (work, arm), share in shares.items() if share is not None]
-    if not rows:
+    rows = []
+    for work, arm in ((work, arm) for work in WITH_HIDDEN for arm in HIDDEN_ARMS if arm in works.get(work, {})):
+        timed, without = share_of_part(works[work][arm], "hidden"), hidden_share(works, work, arm)
+        rows.append([work, arm, percent(timed), percent(without), ""])
+    if not any(without for *_, without, _ in rows):
         return ""
     text = f"""## What hidden terms cost
 
-The share of a step that the same arm does not take on {PLAIN}, which has no hidden terms: computing them and their
-gradient, projections and their optimizer, and reading or running what they need of the teacher.
+"Timed" is the share of a step in which they are computed, forward and backward. "Beyond {PLAIN}" is the share that
+the same way (the cached one, whatever its products) does not take on {PLAIN}, which has no hidden terms: with it
+the optimizer of the projections, and running the teacher or reading its states; a difference of two processes' steps.
 
 """
-    return text + table(["work", "arm", "share of the step", ""], rows)
+    return text + table(["work", "arm", "timed", f"beyond {PLAIN}", ""], rows)
 
 
 def measured_on(given: Mapping[str, Any]) -> str:

@@ -60,9 +60,10 @@ def not_the_students(results: Results, name: str, clock: str) -> float | None:
     return max(0.0, 1 - floor.middle / ours.middle)
 
 
-def teachers_share(result: Mapping[str, Any]) -> float | None:
-    """Return the share of a step's processor time in which the teacher was run or read; None for an arm unmeasured."""
-    found = [block["cpu of teacher"] / block["cpu"] for block in result["blocks"] if "cpu of teacher" in block]
+def share_of_part(result: Mapping[str, Any], part: str) -> float | None:
+    """Return the share of a step's processor time that a part of it took; None for an arm that does not count it."""
+    name = f"cpu of {part}"
+    found = [block[name] / block["cpu"] for block in result["blocks"] if name in block]
     return median(found) if found and "failed" not in result else None
 
 
@@ -72,7 +73,10 @@ PLAIN = "W4-kd"
 
 def hidden_share(works: Mapping[str, Results], work: str, arm: str) -> float | None:
     """Return the share of an arm's step on a work that it does not take without hidden terms; None if not measured."""
-    steps = [per_step(works[name][arm], "cpu") if arm in works.get(name, {}) else None for name in (work, PLAIN)]
+    plain = arm.removesuffix(", float32")  # without hidden terms there is no such arm
+    steps = [
+        per_step(works[at][of], "cpu") if of in works.get(at, {}) else None for at, of in ((work, arm), (PLAIN, plain))
+    ]
     if steps[0] is None or steps[1] is None:
         return None
     return 1 - steps[1] / steps[0]

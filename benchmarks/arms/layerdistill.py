@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 import layerdistill as ld
+from benchmarks.arms.timed import TimedTeacher, TimedTerm
 from benchmarks.arms.trainer_subclass import AfterStep, arguments_of
 from benchmarks.setting import Setting, StepDone
 from benchmarks.works import Work, make_projections, make_student, make_teacher
@@ -24,30 +24,19 @@ def layer_pairs(work: Work) -> list[tuple[int | str, int | str]]:
     return [*work.pairs[:-1], ("final", "final")]
 
 
-def method_of(work: Work) -> dict[str, Any]:
+def method_of(work: Work, hidden_dtype: str | None) -> dict[str, Any]:
     """Return a work's objective as a recipe's method section."""
     if work.hidden == "none":
         return {"name": "kd", "temperature": work.temperature}
-    method = {"temperature": work.temperature, "layer_map": layer_pairs(work)}
+    method = {"temperature": work.temperature, "layer_map": layer_pairs(work), "hidden_dtype": hidden_dtype}
     return {"name": "cka", **method} if work.hidden == "cka" else {"name": "ild", "distance": work.hidden, **method}
-
-
-class Timed:
-    """A teacher source whose processor time is counted."""
-
-    def __init__(self, source: Any) -> None:
-        self.source, self.model, self.seconds = source, source.model, 0.0
-
-    def signal(self, batch: Any, needs: Needs) -> Signal:
-        """Return what the source says."""
-        began = time.process_time()
-        found = self.source.signal(batch, needs)
-        self.seconds += time.process_time() - began
-        return found
 
 
 class Live:
     """The teacher run at every step, everything at its default."""
+
+    hidden_dtype: str | None = None
+    """The recipe's `method.hidden_dtype`."""
 
     def __init__(self, setting: Setting) -> None:
         self.work = setting.work
@@ -55,14 +44,16 @@ class Live:
         self.trainer = ld.LayerDistillationTrainer(
             model=self.student,
             teacher_model=self.make_teacher().to(setting.device),
-            method=method_of(self.work),
+            method=method_of(self.work, self.hidden_dtype),
             args=ld.LayerDistillationConfig(**arguments_of(setting)),
             train_dataset=Dataset.from_list(setting.examples),
             data_collator=setting.collate,
             cache=self.make_cache(setting),
         )
-        self.trainer.teacher_source = self.teacher = Timed(self.make_source(setting, self.trainer.teacher_source))
+        source = self.make_source(setting, self.trainer.teacher_source)
+        self.trainer.teacher_source = self.teacher = TimedTeacher(source)
         self.start_projections()
+        self.hidden = [TimedTerm(term) for term in self.trainer.composite.terms if term.name == "hidden"]
 
     def make_teacher(self) -> Any:
         """Return the teacher as it is run."""
@@ -79,7 +70,8 @@ class Live:
     @property
     def parts(self) -> dict[str, float]:
         """The processor seconds of parts of the steps since the start."""
-        return {"teacher": self.teacher.seconds}
+        hidden = {"hidden": sum(term.seconds for term in self.hidden)} if self.hidden else {}
+        return {"teacher": self.teacher.seconds, **hidden}
 
     def start_projections(self) -> None:
         """Begin with the projections that every arm begins with."""
@@ -106,7 +98,9 @@ class Live:
 
 
 class BestLive(Live):
-    """The teacher in bfloat16; batches of similar length and the fused optimizer are defaults."""
+    """Teacher and hidden products in bfloat16; batches of similar length and the fused optimizer are defaults."""
+
+    hidden_dtype = "bfloat16"
 
     def make_teacher(self) -> Any:
         """Return the teacher in bfloat16, as `teacher.dtype: fast` has it on such a machine."""
@@ -119,6 +113,12 @@ class Cached(BestLive):
     def make_cache(self, setting: Setting) -> ld.CacheConfig:
         """A cache of this process."""
         return ld.CacheConfig("fill", folder=setting.folder / "cache")
+
+
+class CachedFloat32(Cached):
+    """The same with the products of hidden terms in float32."""
+
+    hidden_dtype = None
 
 
 class FirstPass(BestLive):

@@ -9,6 +9,8 @@ from typing import Any
 MEASURED = ("W1", "W1-padded", "W2", "W3")
 STUDIED = (*MEASURED, "W4-kd", "W4-cosine")
 """What an arm must do to take part in the study W4, which is computed from its parts."""
+WITH_HIDDEN = ("W1", "W2", "W4-cosine")
+"""The works of which is said what their hidden terms cost."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ ARMS = (
     Arm("layerdistill", "layerdistill:Live", STUDIED, note="batches grouped by length, its default"),
     Arm(
         "layerdistill, best", "layerdistill:BestLive", STUDIED, tolerance=0.05,
-        note="teacher in bfloat16, batches grouped by length",
+        note="teacher and the products of hidden terms in bfloat16, batches grouped by length",
     ),
     Arm(
         "layerdistill, first pass", "layerdistill:FirstPass", STUDIED, tolerance=0.05,
@@ -50,6 +52,10 @@ ARMS = (
     Arm(
         "layerdistill, cached", "layerdistill:Cached", STUDIED, tolerance=0.05,
         note="the same teacher, read from the disk",
+    ),
+    Arm(
+        "layerdistill, cached, float32", "layerdistill:CachedFloat32", WITH_HIDDEN, tolerance=0.05,
+        note="the same, the products of hidden terms in float32",
     ),
     Arm("Trainer subclass", "trainer_subclass:TrainerSubclass", STUDIED),
     Arm(

@@ -30,12 +30,14 @@ def test_first_losses_agree_with_the_loop_written_by_hand() -> None:
     assert ours == pytest.approx(naive, rel=1e-3)
 
 
-def test_a_child_says_how_long_its_teacher_took() -> None:
+def test_a_child_says_how_long_its_teacher_and_its_hidden_terms_took() -> None:
     child = start("--arm", "layerdistill, cached", "--batches", "3", "--warmup", "1")
     said, errors = child.communicate("run 2\nstop\n", timeout=200)
     assert child.returncode == 0, errors
     block = json.loads(said.splitlines()[-1])
-    assert 0 < block["cpu of teacher"] < block["cpu"]
+    assert block["cpu of teacher"] > 0
+    assert block["cpu of hidden"] > 0
+    assert block["cpu of teacher"] + block["cpu of hidden"] < block["cpu"]
 
 
 def test_a_child_does_as_many_steps_as_it_is_told() -> None:
@@ -56,13 +58,13 @@ def block(cpu: float, peak: int, **parts: float) -> dict[str, Any]:
     return {"cpu": cpu, "wall": 2 * cpu, "steps": 2, "peak": peak, "tokens": 60, "positions": 80, **parts}
 
 
-def arm(*seconds: float, peak: int = 3_000_000, teacher: float | None = None, **more: Any) -> dict[str, Any]:
-    """What was measured of an arm."""
+def arm(*seconds: float, peak: int = 3_000_000, parts: tuple[float, ...] = (), **more: Any) -> dict[str, Any]:
+    """What was measured of an arm; `parts` are the seconds of teacher and hidden terms in each block."""
     losses = {"task": 0.7, "logits": 0.1}
-    parts = {} if teacher is None else {"cpu of teacher": teacher}
+    named = {f"cpu of {part}": seconds for part, seconds in zip(("teacher", "hidden"), parts, strict=False)}
     return {
         "note": "", "tolerance": 1e-3, "base": 1_000_000, "losses": losses,
-        "blocks": [block(second, peak, **parts) for second in seconds], **more,
+        "blocks": [block(second, peak, **named) for second in seconds], **more,
     }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def small_result() -> dict[str, Any]:
             "naive loop": arm(2.0, 4.0, 4.0),
             "floor": arm(0.5, 1.0, 1.0),
             "layerdistill": arm(1.0, 1.0, 2.0, peak=2_000_000),
-            "layerdistill, cached": arm(*(0.5 * slower for _ in range(3)), teacher=0.025),
+            "layerdistill, cached": arm(*(0.5 * slower for _ in range(3)), parts=(0.025, 0.05)),
             "torchdistill": arm(2.0, 4.0, 4.0, losses={"task + logits": 0.9}),
             "TextBrewer": {**arm(), "failed": "does not install: no such package"},
         }
@@ -107,14 +109,16 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     lines = page.read_text().splitlines()
     ours = next(line for line in lines if line.startswith("| layerdistill |"))
     # Blocks of two steps, paired: 1/2, 1/4, 2/4. Medians, memory over the base, and the share beyond 0.25 of 0.5.
-    assert ours == "| layerdistill | 500 | 0.50 [0.25-0.50] | 1,000 | 0.50 [0.25-0.50] | 40 | 1 | 0.50 | 50% |  | " + (
-        "first losses agree |"
+    assert (
+        ours
+        == "| layerdistill | 500 | 0.50 [0.25-0.50] | 1,000 | 0.50 [0.25-0.50] | 40 | 1 | 0.50 | 50% |  |  | "
+        + ("first losses agree |")
     )
     cached = next(line for line in lines if line.startswith("| layerdistill, cached |"))
-    assert " | 5.0% | first losses agree |" in cached, "0.025 of 0.5 s went into reading"
+    assert " | 5.0% | 10.0% | first losses agree |" in cached, "0.025 of 0.5 s went into reading, 0.05 into the terms"
     # On W2 a cached step takes 1.25 of what it takes without hidden terms.
     hidden = [line for line in lines[lines.index("## What hidden terms cost") :] if line.startswith("| W2")]
-    assert hidden == ["| W2 | naive loop | 0.0% |  |", "| W2 | layerdistill, cached | 20.0% |  |"]
+    assert hidden == ["| W2 | naive loop |  | 0.0% |  |", "| W2 | layerdistill, cached | 8.0% | 20.0% |  |"]
     assert "task + logits 0.9, not 0.8" in next(line for line in lines if line.startswith("| torchdistill |"))
     assert "**failed:** does not install: no such package" in next(line for line in lines if "TextBrewer" in line)
     assert "a processor, 2 cores, 24.0 GB; amx_bf16" in page.read_text()

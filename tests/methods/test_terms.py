@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import LayerRef, Progress
 from layerdistill.matching import Projections, layer_map, masked_mse
+from layerdistill.methods import matched
 from layerdistill.methods.hidden_term import HiddenTerm
 from layerdistill.methods.logits_term import LogitsTerm, default_logits_loss, logits_loss_problem
+from layerdistill.methods.preview import describe_term
 from layerdistill.methods.table import METHODS
 from layerdistill.methods.task_term import TaskTerm
 
@@ -159,6 +162,57 @@ def test_debiased_alignment_keeps_its_precision_under_autocast() -> None:
         rounded = term(signal(ours), signal(theirs), {}, START)
     assert {name: mean.value.item() for name, mean in rounded.items()} == {
         name: mean.value.item() for name, mean in plain.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ild", {}),
+        ("ild", {"projection_bias": True, "distance": "relative_mse"}),
+        ("ild", {"distance": "cosine"}),
+        ("ild", {"projection": "frozen_random"}),
+        ("cka", {}),
+        ("cka", {"form": "sqrt"}),
+    ],
+    ids=str,
+)
+def test_products_in_bfloat16_are_near_those_in_float32(method: str, options: dict[str, Any]) -> None:
+    found, gradients = [], []
+    for dtype in (None, "bfloat16"):
+        term = hidden_term(method, **options, hidden_dtype=dtype)
+        ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
+        for state in ours.values():
+            state.requires_grad_()
+        means = term(signal(ours), signal(theirs), {}, START)
+        assert not torch.is_autocast_enabled("cpu")
+        torch.stack([mean.value for mean in means.values()]).sum().backward()
+        found.append(torch.stack([mean.value for mean in means.values()]))
+        gradients.append([ours[LayerRef("", number)].grad for number in (1, 2)])
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=1e-3)
+    assert not torch.equal(found[1], found[0]), "something must have been rounded"
+    for exact, rounded in zip(*gradients, strict=True):
+        assert (rounded - exact)[MASK == 1].norm() < 0.03 * exact[MASK == 1].norm()
+        assert not rounded[MASK == 0].any()
+
+
+@pytest.mark.parametrize("native", ["bfloat16", "float32"])
+def test_fast_is_bfloat16_where_it_is_native(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matched, "fast_dtype", lambda: native)
+    term = hidden_term(hidden_dtype="fast")
+    assert term.dtype == (torch.bfloat16 if native == "bfloat16" else None)
+    assert describe_term(term) == f"0.5 × hidden per pair{' (products in bfloat16)' * (native == 'bfloat16')}"
+
+
+@pytest.mark.parametrize("method", ["ild", "cka"])
+def test_a_teachers_rows_stand_for_its_states(method: str) -> None:
+    ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
+    asked = hidden_term(method)(signal(ours), signal(theirs), {}, START)
+    rows = {layer: state[MASK == 1] for layer, state in theirs.items()}
+    found = hidden_term(method)(signal(ours), replace(signal({}), rows=rows), {}, START)
+    assert {name: mean.value.item() for name, mean in found.items()} == {
+        name: mean.value.item() for name, mean in asked.items()
     }
 
 

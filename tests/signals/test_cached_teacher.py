@@ -60,6 +60,9 @@ def test_every_kind_of_signal_is_the_live_ones_in_any_order_and_padding(family: 
         for ours, theirs in (*zip_values(found.hidden, live.hidden), *zip_values(found.taps, live.taps)):
             torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-4)
             assert not ours[~mask].any(), "padding is zero"
+        assert found.rows.keys() == found.hidden.keys()
+        for rows, laid_out in zip_values(found.rows, found.hidden):
+            assert torch.equal(rows, laid_out[mask]), "example by example, without padding"
         for ours, theirs in zip_values(found.averages, live.averages):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 

@@ -12,11 +12,11 @@ from layerdistill.matching import cka_loss, cka_target
 from layerdistill.matching.hsic import Side
 from layerdistill.methods.distributed import differentiable_sum
 from layerdistill.methods.hidden_term import HiddenTerm
-from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
+from layerdistill.methods.matched import TokensConfig, build_maps, matched_problems, prediction_terms
 from layerdistill.methods.preview import preview_stages
 
 
-class CkaConfig(MatchedConfig):
+class CkaConfig(TokensConfig):
     """`method: {name: cka, ...}`."""
 
     name: Literal["cka"] = "cka"

@@ -20,7 +20,7 @@ from layerdistill.matching import (
 )
 from layerdistill.matching.projection import ProjectionKind
 from layerdistill.methods.hidden_term import Distance, HiddenTerm, ProjectedDistance
-from layerdistill.methods.matched import MatchedConfig, build_maps, matched_problems, prediction_terms
+from layerdistill.methods.matched import TokensConfig, build_maps, matched_problems, prediction_terms
 from layerdistill.methods.preview import preview_stages
 
 DISTANCES: dict[str, Distance] = {
@@ -42,7 +42,7 @@ TRAINED: set[ProjectionKind] = {"linear", "orthogonal"}
 """Kinds of projections that can have a bias."""
 
 
-class IldConfig(MatchedConfig):
+class IldConfig(TokensConfig):
     """`method: {name: ild, ...}`."""
 
     name: Literal["ild"] = "ild"

@@ -45,6 +45,10 @@ class MatchedConfig(LayerMapConfig, PredictionsConfig):
     weights: HiddenWeights = HiddenWeights()
     """Coefficients of the three terms."""
 
+
+class TokensConfig(MatchedConfig):
+    """That of a method which compares hidden states token by token, so that their products cost something."""
+
     hidden_dtype: Literal["fast", "bfloat16"] | None = None
     """What hidden terms multiply in (projections, filters, CKA); fast: bfloat16 where this machine multiplies it
     natively, else null; null: as the student is trained. Sums and losses stay float32."""

@@ -29,7 +29,9 @@ def describe_term(term: Any) -> str:
     """Return a term's name with what it is multiplied by at the start."""
     coefficient = term.coefficient(term.name, Progress())
     per_pair = " per pair" if getattr(term, "per_pair", term.name == "hidden") else ""
-    return f"{coefficient:g} × {term.name}{per_pair}"
+    dtype = getattr(term, "dtype", None)
+    products = "" if dtype is None else f" (products in {str(dtype).removeprefix('torch.')})"
+    return f"{coefficient:g} × {term.name}{per_pair}{products}"
 
 
 def count_helpers(stage: Stage) -> int:

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from layerdistill.core.types import Pair, StackName
 from layerdistill.matching.filters import FilterInit
-from layerdistill.methods.matched import MatchedConfig, matched_problems
+from layerdistill.methods.matched import TokensConfig, matched_problems
 from layerdistill.methods.phase import PhaseTraining, phase_problems
 from layerdistill.methods.predictions import predictions_problems
 
@@ -26,7 +26,7 @@ class StageOneConfig(PhaseTraining):
     """What is different for the teacher's filters: the same keys, without dropout, record_gb and teacher."""
 
 
-class TedConfig(MatchedConfig):
+class TedConfig(TokensConfig):
     """`method: {name: ted, ...}`."""
 
     name: Literal["ted"] = "ted"
