@@ -154,6 +154,21 @@ def test_equal_wide_sides_are_exactly_aligned_in_float32() -> None:
         assert student.grad.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("rows", [64, 300, 1000])
+@pytest.mark.parametrize("constant", ["student", "teacher"])
+def test_under_autocast_too_a_side_that_does_not_vary_has_no_alignment(rows: int, constant: str) -> None:
+    student, teacher = torch.randn(rows, 12), torch.randn(rows, 20)
+    flat = student if constant == "student" else teacher
+    flat[:] = 0.1 * flat[0]
+    student.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = cka_loss(student, teacher)
+    found.value.backward()
+    assert (found.total.item(), found.count.item()) == (0, 0)
+    assert student.grad is not None
+    assert not student.grad.any()
+
+
 @pytest.mark.parametrize("form", ["feature", "gram"])
 def test_autocast_rounds_what_is_multiplied_and_no_more(form: str) -> None:
     x, y = (side.float() for side in related(400, 96, 64))

@@ -77,8 +77,19 @@ def test_low_precision_states_are_filtered_in_float32_without_autocast() -> None
     found = filters(LAYERS[0], hidden)
     assert found.dtype == torch.float32
     assert torch.equal(found, filters(LAYERS[0], hidden.float()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert filters(LAYERS[0], hidden).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_under_autocast_filters_hold_large_states_and_only_linear_ones_are_rounded(nonlinear: bool) -> None:
+    filters = Filters(LAYERS, 5, 3, nonlinear=nonlinear)
+    hidden = 1e6 * draw(2, 5)
+    exact = filters(LAYERS[0], hidden)
+    for dtype, rounded in ((torch.float16, False), (torch.bfloat16, not nonlinear)):
+        with torch.autocast("cpu", dtype=dtype):
+            found = filters(LAYERS[0], hidden)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, exact) != rounded
+        torch.testing.assert_close(found, exact, rtol=3e-2, atol=300)
 
 
 def test_what_cannot_be_is_refused() -> None:

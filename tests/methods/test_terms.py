@@ -31,7 +31,7 @@ def refs(*numbers: int) -> frozenset[LayerRef]:
 def hidden_term(method: str = "ild", widths: tuple[int, int] = (4, 6), seed: int = 0, **options: Any) -> HiddenTerm:
     """The hidden term as a method makes it."""
     config = METHODS[method].Config(name=method, **options)
-    stages = list(METHODS[method].stages(pair_of(widths=widths, seed=seed), config))
+    stages = list(METHODS[method].stages(pair_of(widths=widths, seed=seed), config, None))
     assert [stage.name for stage in stages] == ["distill"]
     term = stages[0].terms[-1]
     assert isinstance(term, HiddenTerm)
@@ -174,6 +174,7 @@ def test_debiased_alignment_keeps_its_precision_under_autocast() -> None:
         ("ild", {"projection": "frozen_random"}),
         ("cka", {}),
         ("cka", {"form": "sqrt"}),
+        ("ted", {"filters": "none", "finetune_student_first": False}),
     ],
     ids=str,
 )
@@ -205,12 +206,41 @@ def test_fast_is_bfloat16_where_it_is_native(native: str, monkeypatch: pytest.Mo
     assert describe_term(term) == f"0.5 × hidden per pair{' (products in bfloat16)' * (native == 'bfloat16')}"
 
 
-@pytest.mark.parametrize("method", ["ild", "cka"])
-def test_a_teachers_rows_stand_for_its_states(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ild", {}),
+        ("ild", {"layer_map": "average"}),
+        ("cka", {}),
+        ("ted", {"filters": "none", "finetune_student_first": False}),
+    ],
+    ids=str,
+)
+def test_a_teachers_rows_stand_for_its_states(method: str, options: dict[str, Any]) -> None:
     ours, theirs = states(4, 2, seed=1), states(6, 4, seed=2)
-    asked = hidden_term(method)(signal(ours), signal(theirs), {}, START)
+    asked = hidden_term(method, **options)(signal(ours), signal(theirs), {}, START)
     rows = {layer: state[MASK == 1] for layer, state in theirs.items()}
-    found = hidden_term(method)(signal(ours), replace(signal({}), rows=rows), {}, START)
+    found = hidden_term(method, **options)(signal(ours), replace(signal({}), rows=rows), {}, START)
+    assert {name: mean.value.item() for name, mean in found.items()} == {
+        name: mean.value.item() for name, mean in asked.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ild", {"distance": "padded_normalised_mse"}),
+        ("ted", {"filters": "none", "finetune_student_first": False, "mask_padding": False}),
+    ],
+    ids=str,
+)
+def test_where_padding_counts_a_teachers_rows_are_not_taken(method: str, options: dict[str, Any]) -> None:
+    ours, theirs = (
+        {layer: state.nan_to_num(0.5) for layer, state in states(*of).items()} for of in ((4, 2, 1), (6, 4, 2))
+    )
+    asked = hidden_term(method, **options)(signal(ours), signal(theirs), {}, START)
+    rows = {layer: state[MASK == 1] for layer, state in theirs.items()}
+    found = hidden_term(method, **options)(signal(ours), replace(signal(theirs), rows=rows), {}, START)
     assert {name: mean.value.item() for name, mean in found.items()} == {
         name: mean.value.item() for name, mean in asked.items()
     }

@@ -156,6 +156,21 @@ def test_an_example_that_changed_is_refused_and_so_is_running_what_may_only_be_r
         cached.signal(batches(rows)[0], needs)
 
 
+def test_an_example_with_other_padding_than_it_was_cached_with_is_refused(tmp_path: Path) -> None:
+    model, rows = tiny_model("bert", "sequence-classification"), toy_rows("sequence-classification", size=6, seed=2)
+    cached, needs = cached_teacher(tmp_path / "c", model), Needs(teacher=LAYERS)
+    cached.fill(batches(rows), needs)
+    batch = batches(rows)[0]
+    # One token more and one less: the number of all rows is as it was.
+    batch["attention_mask"][0], batch["attention_mask"][1] = (
+        batch["attention_mask"][1],
+        batch["attention_mask"][0].clone(),
+    )
+    assert batch["attention_mask"][0].sum() != batch["attention_mask"][1].sum()
+    with pytest.raises(UserError, match="do examples change"):
+        cached.signal(batch, needs)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_rows_are_laid_out_where_the_mask_says(side: str) -> None:
     mask = torch.zeros(3, 6, dtype=torch.bool)

@@ -11,7 +11,7 @@ from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.types import Mean
 from layerdistill.matching.hsic import Form, Reduce, Side, Similarity, cheaper_form, fewest_rows, similarity
 from layerdistill.matching.rows import (
-    autocast_dtype,
+    factor_dtype,
     full_precision,
     in_full_precision,
     in_one_dtype,
@@ -61,7 +61,7 @@ def cka_target(
 
     Shapes as in `linear_cka`; `debiased` and `all_reduce` as in `cka_loss`, and the same for both.
     """
-    factors = None if debiased else _factor_dtype(teacher)
+    factors = None if debiased else factor_dtype(teacher)
     with full_precision(teacher):
         return Side(real_rows(teacher.detach(), mask), all_reduce or _alone, factors)
 
@@ -107,7 +107,7 @@ def cka_loss(
             "cka_loss was given form='gram' with all_reduce, but the tokens x tokens kernels would need the tokens of "
             "all processes: use form='feature' or 'auto', whose hidden x hidden matrices add up over processes."
         )
-    factors = None if debiased else _factor_dtype(student)
+    factors = None if debiased else factor_dtype(student)
     with full_precision(student):
         found = _found(student, teacher, mask, debiased, form, all_reduce, factors)
         undefined = _undefined(found, fewest_rows(debiased))
@@ -244,11 +244,6 @@ def _same_number(student: Tensor, target: Side) -> None:
             f"the student has {student.shape[0]} real tokens and the cka_target {target.number}, but they are "
             "compared token by token: make the target from the same batch and mask."
         )
-
-
-def _factor_dtype(values: Tensor) -> torch.dtype | None:
-    # Not autocast's float16, in which sums of squares do not fit.
-    return torch.bfloat16 if autocast_dtype(values) == torch.bfloat16 else None
 
 
 def _resolve(form: Form, x: Tensor, y: Tensor) -> Form:

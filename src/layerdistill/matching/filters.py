@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef
-from layerdistill.matching.projected import LinearMap
+from layerdistill.matching.projected import LinearMap, MapLinear, linear_product
+from layerdistill.matching.rows import full_precision
 
 FilterInit = Literal["normal", "identity"]
 
@@ -48,31 +49,34 @@ class Filters(nn.Module):
             )
         self.layers = tuple(dict.fromkeys(layers))
         self.size = size
+        self.nonlinear = nonlinear
         self.maps = nn.ModuleDict()
         for layer in self.layers:
             with seeded(seed, "filter", whose, layer):
                 self.maps[self._name(layer)] = _make_filter(width, size, init, nonlinear)
 
-    def linear_map(self, layer: LayerRef) -> LinearMap | None:
-        """Return the filter of `layer`, None where it is not linear; raises UserError for a layer that has none."""
-        chosen = self._filter(layer)
-        return LinearMap(chosen.weight, chosen.bias) if isinstance(chosen, nn.Linear) else None
+    @property
+    def linear(self) -> bool:
+        """Whether the filters are linear maps, which `then` can be given."""
+        return not self.nonlinear
 
-    def forward(self, layer: LayerRef, hidden: Tensor) -> Tensor:
-        """Return what the filter of `layer` makes of `hidden`.
+    def forward(
+        self, layer: LayerRef, hidden: Tensor, then: Callable[[Tensor, LinearMap], Any] = linear_product
+    ) -> Any:
+        """Return what the filter of `layer` makes of `hidden`; with `then`, what that makes of it and a linear filter.
 
-        Computed in the filter's dtype (float32 unless it was cast), under autocast in its dtype, as any linear layer.
-        Raises UserError for a layer that has no filter.
+        Computed in the filter's dtype (float32 unless it was cast); under autocast to bfloat16 a linear filter
+        multiplies in it. Raises UserError for a layer that has no filter.
         """
-        chosen = self._filter(layer)
-        return chosen(hidden.to(next(chosen.parameters()).dtype))
-
-    def _filter(self, layer: LayerRef) -> nn.Module:
         if layer not in self.layers:
             raise UserError(
                 f"there is no filter for layer {layer}; there are filters for: {', '.join(map(str, self.layers))}."
             )
-        return self.maps[self._name(layer)]
+        chosen = self.maps[self._name(layer)]
+        if self.linear:
+            return chosen(hidden, then)
+        with full_precision(hidden):
+            return chosen(hidden.to(next(chosen.parameters()).dtype))
 
     @staticmethod
     def _name(layer: LayerRef) -> str:
@@ -81,7 +85,7 @@ class Filters(nn.Module):
 
 
 def _make_filter(width: int, size: int, init: FilterInit, nonlinear: bool) -> nn.Module:
-    last = start_normal(nn.Linear(width, size))
+    last = start_normal(MapLinear(width, size))
     if init == "identity":
         nn.init.eye_(last.weight)
     return nn.Sequential(start_normal(nn.Linear(width, width)), nn.GELU(), last) if nonlinear else last

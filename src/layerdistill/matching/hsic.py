@@ -43,11 +43,9 @@ class Side:
             sums = reduce(torch.cat([rows.new_full((1,), rows.shape[0]), rows.sum(0)]))
             self.count, total = sums[0], sums[1:]
             mean = total / self.count.clamp(min=1)
+            # The mean is taken twice: the first takes away what all rows share, the second what rounding left of it.
             centred = rows - mean
-            if factors in (None, rows.dtype):
-                # The mean is taken twice: the first takes away what all rows share, the second what rounding left of
-                # it. It leaves less than factors of fewer bits are rounded by.
-                centred -= reduce(centred.sum(0)) / self.count.clamp(min=1)
+            centred -= reduce(centred.sum(0)) / self.count.clamp(min=1)
             square = reduce(torch.linalg.vector_norm(centred).square())
             norm, raw = square.sqrt(), (square + self.count * mean.square().sum()).sqrt()
             self.flat = norm <= torch.finfo(rows.dtype).eps * raw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,8 +12,7 @@ from torch.nn.utils import parametrizations
 from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.seeds import seeded
 from layerdistill.core.types import LayerRef
-from layerdistill.matching.projected import LinearMap, linear_product
-from layerdistill.matching.rows import full_precision
+from layerdistill.matching.projected import LinearMap, MapLinear, linear_product
 
 ProjectionKind = Literal["identity", "linear", "frozen_random", "orthogonal"]
 KINDS: tuple[str, ...] = get_args(ProjectionKind)
@@ -60,37 +59,28 @@ class Projections(nn.Module):
         """How many trained numbers the maps have; all are discarded with them."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def linear_map(self, layer: LayerRef) -> LinearMap | None:
-        """Return the map of `layer`, None for `identity`; raises UserError for a layer that has none."""
-        self._check(layer)
-        if self.kind == "identity":
-            return None
-        chosen: Any = self.maps[self._name(layer)]
-        return chosen.linear_map()
+    @property
+    def linear(self) -> bool:
+        """Whether there are maps, which `then` can be given."""
+        return self.kind != "identity"
 
-    def forward(self, layer: LayerRef, hidden: Tensor) -> Tensor:
+    def forward(
+        self, layer: LayerRef, hidden: Tensor, then: Callable[[Tensor, LinearMap], Any] = linear_product
+    ) -> Any:
         """Return the student's `hidden` `(..., student_width)` of `layer` in the teacher's width.
 
-        Computed in the maps' dtype (float32 unless the module was cast), under autocast in its dtype, as any linear
-        layer; `identity` returns its input.
+        Computed in the maps' dtype (float32 unless the module was cast); under autocast to bfloat16 multiplied in it;
+        `identity` returns its input. With `then`, what that makes of `hidden` and the map. Raises UserError for a layer
+        that has none.
         """
-        linear = self.linear_map(layer)
-        return hidden if linear is None else linear_product(hidden, linear)
-
-    def _check(self, layer: LayerRef) -> None:
         if layer not in self.layers:
             known = ", ".join(str(known) for known in self.layers)
             raise UserError(f"there is no projection for layer {layer}; there are projections for: {known}.")
+        return self.maps[self._name(layer)](hidden, then) if self.linear else hidden
 
     def _name(self, layer: LayerRef) -> str:
         # A module's name may not hold a dot.
         return "shared" if self.shared else str(layer).replace(".", "_")
-
-
-class _Linear(nn.Linear):
-    def linear_map(self) -> LinearMap:
-        with full_precision(next(self.parameters())):  # an orthogonal weight is computed here: not in bfloat16
-            return LinearMap(self.weight, self.bias)
 
 
 class _FrozenLinear(nn.Module):
@@ -98,8 +88,8 @@ class _FrozenLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
-    def linear_map(self) -> LinearMap:
-        return LinearMap(self.get_buffer("weight"))
+    def forward(self, hidden: Tensor, then: Callable[[Tensor, LinearMap], Any]) -> Any:
+        return then(hidden, LinearMap(self.get_buffer("weight")))
 
 
 def _check(kind: str, student_width: int, teacher_width: int, bias: bool) -> None:
@@ -118,7 +108,7 @@ def _make_map(kind: ProjectionKind, student_width: int, teacher_width: int, bias
     weight = torch.randn(teacher_width, student_width) / student_width**0.5
     if kind == "frozen_random":
         return _FrozenLinear(weight)
-    made = _Linear(student_width, teacher_width, bias=bias)
+    made = MapLinear(student_width, teacher_width, bias=bias)
     with torch.no_grad():
         made.weight.copy_(weight)
         if bias:

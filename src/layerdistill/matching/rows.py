@@ -44,6 +44,14 @@ def autocast_dtype(values: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def factor_dtype(values: Tensor) -> torch.dtype | None:
+    """Return bfloat16 where autocast asks for it, else None: a loss multiplies in its own precision.
+
+    Not float16, which holds neither every hidden state (some are above 65,504) nor sums of squares.
+    """
+    return torch.bfloat16 if autocast_dtype(values) == torch.bfloat16 else None
+
+
 def upcast(values: Tensor) -> Tensor:
     """Return `values` in float32, or in float64 if they were."""
     return values if values.dtype == torch.float64 else values.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -110,9 +111,8 @@ class HiddenTerm(nn.Module):
         if not self.projections:
             return self.distance(ours, theirs, mask)
         projections: Any = self.projections[layer.stack or "only"]
-        linear = projections.linear_map(layer) if self.projected else None
-        if self.projected and linear and mask is None:
-            return self.projected(ours, linear, theirs)
+        if self.projected and projections.linear and mask is None:
+            return projections(layer, ours, partial(_with_teacher, self.projected, theirs))
         return self.distance(projections(layer, ours), theirs, mask)
 
     def _rows(self, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -144,6 +144,10 @@ class HiddenTerm(nn.Module):
                 theirs = [filters(target, state) for target, state in zip(targets, theirs, strict=True)]
         averaged = average_states(theirs)
         return self.prepare(averaged) if self.prepare else averaged
+
+
+def _with_teacher(projected: ProjectedDistance, theirs: Any, ours: Tensor, linear: LinearMap) -> Mean:
+    return projected(ours, linear, theirs)
 
 
 def products_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

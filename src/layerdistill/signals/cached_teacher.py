@@ -58,10 +58,10 @@ class CachedTeacher:
         if not self.folder.has(self.names(needs), keys):
             raise UserError(CHANGED)
         masks = batch_masks(unwrap(self.live.model), batch)
-        rows = {layer: self._rows(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
+        rows = {layer: self._tokens(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
         taps = self._taps(keys, needs.teacher_taps, masks)
         averages = {
-            layer: self._rows(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
+            layer: self._examples(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
         }
         top = {which: self._top(keys, which, masks[""]) for which in needs.teacher_top}
         logits = self._logits(keys, masks) if needs.teacher_logits else None
@@ -142,7 +142,8 @@ class CachedTeacher:
         for tap in taps:
             places = tuple(self.folder.places[tap_name(tap)][key] for key in keys)
             if places not in made:
-                made[places] = self._tokens(keys, tap_name(tap), masks[self._stack(tap)])
+                mask = masks[self._stack(tap)]
+                made[places] = spread(self._tokens(keys, tap_name(tap), mask), mask)
             found[tap] = made[places]
         return found
 
@@ -150,23 +151,30 @@ class CachedTeacher:
         return stack_of(unwrap(self.live.model), tap)
 
     def _tokens(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
-        """Return `(batch, seq, width)` with zeros on padding, on the mask's device."""
-        return spread(self._rows(keys, name, mask), mask)
+        """Return `(tokens, width)`, one example after the other, on the mask's device.
 
-    def _rows(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
-        """Return the rows of all examples, `(tokens, width)` or `(batch, width)`, on the mask's device."""
+        Raises UserError where an example has another number of tokens than when it was cached.
+        """
+        rows = [self.folder.rows(name, key) for key in keys]
+        if [len(row) for row in rows] != mask.ne(0).sum(1).tolist():
+            raise UserError(CHANGED)
+        return torch.cat(rows).to(mask.device)
+
+    def _examples(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
+        """Return `(batch, width)`, on the mask's device."""
         return torch.cat([self.folder.rows(name, key) for key in keys]).to(mask.device)
 
     def _top(self, keys: Sequence[bytes], which: TopK, mask: Tensor) -> TopTokens:
         tokens, log_probabilities = top_names(which)
         ids = torch.cat([self.folder.rows(tokens, key).long() for key in keys]).to(mask.device)
-        top = TopTokens(spread(ids, mask), self._tokens(keys, log_probabilities, mask).float())
+        likely = self._tokens(keys, log_probabilities, mask).float()
+        top = TopTokens(spread(ids, mask), spread(likely, mask))
         return blank_padding(top, which, mask.bool(), self.live.vocabulary)
 
     def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
         if self.head is None:
-            return self._rows(keys, LOGITS, next(iter(masks.values())))
-        states = self._tokens(keys, str(FINAL), masks[""])
+            return self._examples(keys, LOGITS, next(iter(masks.values())))
+        states = spread(self._tokens(keys, str(FINAL), masks[""]), masks[""])
         with torch.no_grad():
             return self.head(states.flatten(0, 1), FINAL).view(*states.shape[:2], -1)
 
