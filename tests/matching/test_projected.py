@@ -50,7 +50,7 @@ def test_value_and_gradients_are_those_of_the_definition(bias: bool, relative: b
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("rows", [1, 127, 128, 300])
+@pytest.mark.parametrize("rows", [1, 255, 256, 300])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_under_autocast_it_is_the_same_to_the_precision_of_bfloat16(
