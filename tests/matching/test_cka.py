@@ -156,13 +156,16 @@ def test_equal_wide_sides_are_exactly_aligned_in_float32() -> None:
 
 @pytest.mark.parametrize("rows", [64, 300, 1000])
 @pytest.mark.parametrize("constant", ["student", "teacher"])
-def test_under_autocast_too_a_side_that_does_not_vary_has_no_alignment(rows: int, constant: str) -> None:
-    student, teacher = torch.randn(rows, 12), torch.randn(rows, 20)
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_under_autocast_too_a_side_that_does_not_vary_has_no_alignment(
+    rows: int, constant: str, teacher_dtype: torch.dtype
+) -> None:
+    student, teacher = torch.randn(rows, 12), torch.randn(rows, 20).to(teacher_dtype)
     flat = student if constant == "student" else teacher
     flat[:] = 0.1 * flat[0]
     student.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = cka_loss(student, teacher)
+        found = cka_loss(student, cka_target(teacher))
     found.value.backward()
     assert (found.total.item(), found.count.item()) == (0, 0)
     assert student.grad is not None
@@ -195,6 +198,30 @@ def test_autocast_rounds_what_is_multiplied_and_no_more(form: str) -> None:
         assert cka_loss(x, y, debiased=True, form=form).value.item() == pytest.approx(
             cka_loss(x.double(), y.double(), debiased=True).value.item(), abs=2e-6
         )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_most_rows_may_be_one_token(autocast: bool) -> None:
+    x, y = (side.float() for side in related(2000, 12, 8))
+    for side in (x, y):
+        side[torch.arange(2000) % 31 != 3] = side[0].clone()  # whatever rows are looked at first, nearly all are alike
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = cka_loss(x, cka_target(y)).value.item()
+    expected = 1 - references.linear_cka(x.double().numpy(), y.double().numpy())
+    assert found == pytest.approx(expected, rel=4e-3 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("form", ["feature", "gram"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_kept_until_the_backward_but_the_gradient(form: str, autocast: bool) -> None:
+    x, y = (side.float() for side in related(300, 12, 20))
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape), lambda _: None),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        cka_loss(x.requires_grad_(), cka_target(y), form=form)
+    assert [shape for shape in kept if shape] == [(300, 12)]
 
 
 @both_estimators

@@ -70,6 +70,18 @@ def test_under_autocast_it_is_the_same_to_the_precision_of_bfloat16(
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_kept_until_the_backward_but_the_gradients(autocast: bool) -> None:
+    student, linear, teacher = sides(300, bias=True, dtype=torch.float32)
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape), lambda _: None),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        projected_mse(student, linear, teacher)
+    assert [shape for shape in kept if shape] == [(300, 5), (8, 5), (8,)]
+
+
 def test_what_is_close_is_subtracted_before_it_is_rounded() -> None:
     """A product that was rounded to 8 bits before the subtraction would be off by as much as the difference."""
     student = draw(256, 64, seed=1).bfloat16().float()

@@ -16,6 +16,7 @@ from layerdistill.matching.rows import (
     in_full_precision,
     in_one_dtype,
     real_rows,
+    real_rows_as_they_are,
     same_rows,
 )
 
@@ -63,7 +64,7 @@ def cka_target(
     """
     factors = None if debiased else factor_dtype(teacher)
     with full_precision(teacher):
-        return Side(real_rows(teacher.detach(), mask), all_reduce or _alone, factors)
+        return Side(real_rows_as_they_are(teacher.detach(), mask), all_reduce or _alone, factors)
 
 
 def cka_loss(
@@ -112,10 +113,7 @@ def cka_loss(
         found = _found(student, teacher, mask, debiased, form, all_reduce, factors)
         undefined = _undefined(found, fewest_rows(debiased))
         loss = 1 - (_safe_root(found.value) if sqrt else found.value)
-        return Mean(
-            torch.where(undefined, torch.zeros_like(loss), loss),
-            torch.where(undefined, torch.zeros_like(loss), torch.ones_like(loss)).detach(),
-        )
+        return Mean(loss.masked_fill(undefined, 0.0), (~undefined).to(loss.dtype))
 
 
 def _found(

@@ -1,9 +1,8 @@
 """The parts of CKA: features centred over all processes, the inner products of their kernels, and their gradient.
 
-The gradient is written out, not left to autograd: centred rows and two small matrices are all that is kept of a pair
-until its backward, and a side that many pairs share (`Side`) is centred and multiplied by itself once. When the two
-sides are equal, value and gradient of the loss are exactly 0: the two halves of the gradient come out of the same
-operations, in the same order.
+The gradient is written out, not left to autograd: it is all that is kept of a pair until its backward, and a side that
+many pairs share (`Side`) is centred and multiplied by itself once. When the two sides are equal, value and gradient of
+the loss are exactly 0: the two halves of the gradient come out of the same operations, in the same order.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layerdistill.matching.rows import as_factor, upcast
+from layerdistill.matching.rows import as_factor, square_sum, upcast
 
 Form = Literal["auto", "feature", "gram"]
 """`feature`: hidden x hidden matrices; `gram`: tokens x tokens; `auto`: whichever needs fewer multiply-adds."""
@@ -24,33 +23,42 @@ Form = Literal["auto", "feature", "gram"]
 Reduce = Callable[[Tensor], Tensor]
 """A sum over processes, with gradient; the identity when there is one process."""
 
+FEW_ROWS = 64
+"""At least so many rows, where there are as many, give the first guess of the mean of all."""
+
 
 class Side:
     """The real rows `(rows, hidden)` of one representation, centred over all processes' rows; nothing has a gradient.
 
     `count` is the number of all processes' rows, `scale` the Frobenius norm of the centred ones (1 where they do not
-    vary, which `flat` says), all 0-d. They and all sums are in the precision of `rows`; the centred rows are kept, and
-    multiplied, in `factors` (default: the same). `number` is that of this process's rows, after which `rows` may hold
-    rows of zeros (`as_factor`).
+    vary, which `flat` says), all 0-d. They and all sums are in the precision of `rows`, float32 at least; the centred
+    rows are kept, and multiplied, in `factors` (default: the same). `number` is that of this process's rows, after
+    which `rows` may hold rows of zeros (`as_factor`).
     """
 
     def __init__(self, rows: Tensor, reduce: Reduce, factors: torch.dtype | None = None) -> None:
+        wide = upcast(rows[:0]).dtype
+        factors = factors or wide
+        rows = rows if rows.dtype == factors else upcast(rows)
         self.reduce = reduce
         self.number = len(rows)
         self._second_moments: Tensor | None = None
         self._gram: Tensor | None = None
         with torch.no_grad():
-            sums = reduce(torch.cat([rows.new_full((1,), rows.shape[0]), rows.sum(0)]))
-            self.count, total = sums[0], sums[1:]
-            mean = total / self.count.clamp(min=1)
-            # The mean is taken twice: the first takes away what all rows share, the second what rounding left of it.
-            centred = rows - mean
-            centred -= reduce(centred.sum(0)) / self.count.clamp(min=1)
-            square = reduce(torch.linalg.vector_norm(centred).square())
-            norm, raw = square.sqrt(), (square + self.count * mean.square().sum()).sqrt()
-            self.flat = norm <= torch.finfo(rows.dtype).eps * raw
-            self.scale = torch.where(self.flat, torch.ones_like(norm), norm)
-            self.rows = as_factor(centred, factors or rows.dtype)
+            some = rows[:: max(1, self.number // FEW_ROWS)].to(wide)
+            counts = (some.new_full((1,), count) for count in (self.number, len(some)))
+            sums = reduce(torch.cat([*counts, some.sum(0)]))
+            self.count = sums[0]
+            # Centred twice: at the mean of a few rows, which takes away what all share before anything is rounded, and
+            # at that of all, with what rounding left of the first.
+            shift = sums[2:] / sums[1].clamp(min=1)
+            self.rows = as_factor(rows, factors, minus=shift)
+            centred = self.rows[: self.number]
+            centred -= (reduce(centred.sum(0).to(wide)) / self.count.clamp(min=1)).to(factors)
+            square = reduce(square_sum(centred))
+            norm, raw = square.sqrt(), (square + self.count * shift.square().sum()).sqrt()
+            self.flat = norm <= torch.finfo(wide).eps * raw
+            self.scale = norm.masked_fill(self.flat, 1.0)
 
     def second_moments(self) -> Tensor:
         """Return X'X over all processes, `(hidden, hidden)`, of the rows divided by `scale`; computed once."""
@@ -126,8 +134,8 @@ def similarity(x: Tensor, y: Tensor, side_x: Side, side_y: Side, debiased: bool,
         products = corrected
     products = Products(
         products.xy,
-        torch.where(flat_x, torch.ones_like(products.xx), products.xx),
-        torch.where(flat_y, torch.ones_like(products.yy), products.yy),
+        products.xx.masked_fill(flat_x, 1.0),
+        products.yy.masked_fill(flat_y, 1.0),
     )
     # Equal to xy / sqrt(xx yy); at equality both factors are exactly 1.
     value = (products.xy / products.xx) * (products.xx / products.yy).sqrt()
@@ -158,6 +166,8 @@ class _Pull:
 class _WithGradient(torch.autograd.Function):
     """A value that was computed without a graph, with the gradient of both sides' rows.
 
+    The gradient is computed at once, so that nothing but it is kept until the backward.
+
     d<K, L>/dX = 2 L X and d<K, K>/dX = 4 K X. Dividing by the norm and centring need no gradient of their own: the
     value does not depend on the norm, and with centred X and Y the columns of L X and K X add up to 0. Only the
     debiased form's corrections, which weigh rows, are centred again.
@@ -165,20 +175,21 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, value: Tensor, side_x: Side, side_y: Side, pull: _Pull) -> Tensor:
-        ctx.side_x, ctx.side_y, ctx.pull = side_x, side_y, pull
+        of_x = of_y = None
+        if ctx.needs_input_grad[0]:
+            of_x = _gradient(side_x, side_y, pull.cross, pull.towards, pull.back_x, pull.debiased)
+        if ctx.needs_input_grad[1]:
+            turned = None if pull.cross is None else pull.cross.T
+            of_y = _gradient(side_y, side_x, turned, pull.towards, pull.back_y, pull.debiased)
+        ctx.save_for_backward(of_x, of_y)
+        ctx.reduce = side_x.reduce
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, pull = ctx.side_x, ctx.side_y, ctx.pull
-        upstream = x.reduce(upstream)
-        of_x = of_y = None
-        if ctx.needs_input_grad[0]:
-            of_x = _gradient(x, y, pull.cross, upstream * pull.towards, upstream * pull.back_x, pull.debiased)
-        if ctx.needs_input_grad[1]:
-            turned = None if pull.cross is None else pull.cross.T
-            of_y = _gradient(y, x, turned, upstream * pull.towards, upstream * pull.back_y, pull.debiased)
+        upstream = ctx.reduce(upstream)
+        of_x, of_y = (None if found is None else found * upstream for found in ctx.saved_tensors)
         return of_x, of_y, None, None, None, None
 
 
@@ -189,12 +200,12 @@ def _gradient(side: Side, other: Side, cross: Tensor | None, towards: Tensor, ba
     """
     dtype = side.rows.dtype
     if cross is None:
-        gradient = upcast((other.gram() * (towards / side.scale.square())).to(dtype) @ side.rows)
+        gradient = (other.gram() * (towards / side.scale.square())).to(dtype) @ side.rows
         gradient -= (side.gram() * (back / side.scale.square())).to(dtype) @ side.rows
     else:
-        gradient = upcast(other.rows @ (cross * (towards / (side.scale * other.scale))).to(dtype))
+        gradient = other.rows @ (cross * (towards / (side.scale * other.scale))).to(dtype)
         gradient -= side.rows @ (side.second_moments() * (back / (side.scale * side.scale))).to(dtype)
-    gradient = gradient[: side.number]
+    gradient = upcast(gradient[: side.number])
     if debiased:
         count = side.count.clamp(min=fewest_rows(True))
         weights = towards * _correction_slope(other, count) - back * _correction_slope(side, count)

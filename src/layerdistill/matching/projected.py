@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from layerdistill.core.types import Mean
 from layerdistill.matching.hidden import equal_widths, relative_to
-from layerdistill.matching.rows import as_factor, factor_dtype, full_precision, same_rows, upcast
+from layerdistill.matching.rows import as_factor, factor_dtype, full_precision, same_rows, square_sum, upcast
 
 R = TypeVar("R")
 
@@ -33,9 +33,9 @@ def projected_mse(student: Tensor, linear: LinearMap, teacher: Tensor, divide_by
     """`masked_mse` of the student's states after a linear map: the same value, with the map's product in one step.
 
     `student` is `(tokens, student_width)` and `teacher` `(tokens, teacher_width)`, all of them real. Between the map
-    and the distance nothing is kept but their difference, and its gradient is written out: half the passes over
-    `(tokens, teacher_width)`, the largest tensors of a hidden term. No gradient reaches the teacher. Once
-    differentiable, in states, weight and bias.
+    and the distance nothing is made but their difference, and its gradient is written out: half the passes over
+    `(tokens, teacher_width)`, the largest tensors of a hidden term, of which none is kept. No gradient reaches the
+    teacher. Once differentiable, in states, weight and bias.
 
     Computed in the weight's dtype, float32 sums at least. Under autocast to bfloat16 the factors of all products are
     rounded to it, the difference and what the products give among them, and in the value (not in the gradient) the norm
@@ -100,42 +100,29 @@ class _Product(torch.autograd.Function):
 
 
 class _ProjectedSquare(torch.autograd.Function):
-    """The sum of squares of D = S W' + b - T; with c = 2 x upstream, dS = c D W, dW = c D'S and db = c (sum of D)."""
+    """The sum of squares of D = S W' + b - T; with c = 2 x upstream, dS = c D W, dW = c D'S and db = c (sum of D).
+
+    All but c is computed at once, so that no rows of the teacher's width are kept until the backward.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, dtype: torch.dtype
     ) -> Tensor:
         states, factor = as_factor(student, dtype), weight.to(dtype)
-        difference = as_factor(teacher, dtype, copy=True)
-        if bias is not None:
-            difference[: len(teacher)] -= bias
+        difference = as_factor(teacher, dtype, minus=bias, copy=True)
         # Taken away before the product is rounded, which would lose digits where the two are close.
         difference.addmm_(states, factor.T, beta=-1)
-        ctx.save_for_backward(states, factor, difference)
-        ctx.rows, ctx.dtypes = len(student), (student.dtype, weight.dtype)
-        return _square(difference)
+        of_student = upcast((difference @ factor)[: len(student)]) if ctx.needs_input_grad[0] else None
+        of_weight = upcast(difference.T @ states) if ctx.needs_input_grad[1] else None
+        of_bias = upcast(difference.sum(0)) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(of_student, of_weight, of_bias)
+        ctx.dtypes = student.dtype, weight.dtype, weight.dtype
+        return square_sum(difference)  # whose rounding the gradient does not see
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        states, factor, difference = ctx.saved_tensors
         twice = 2 * upstream
-        of_student = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_student = upcast((difference @ factor)[: ctx.rows]).mul_(twice).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            of_weight = upcast(difference.T @ states).mul_(twice).to(ctx.dtypes[1])
-        if ctx.needs_input_grad[2]:
-            of_bias = (difference.sum(0, dtype=twice.dtype) * twice).to(ctx.dtypes[1])
-        return of_student, of_weight, of_bias, None, None
-
-
-def _square(rows: Tensor) -> Tensor:
-    """Return the sum of squares of `(rows, features)` in float32 at least.
-
-    The norms of bfloat16 rows are rounded one by one, which saves a float32 copy of them; the gradient does not see it.
-    """
-    if rows.dtype == torch.bfloat16:
-        return torch.linalg.vector_norm(rows, dim=1).float().square().sum()
-    return torch.linalg.vector_norm(rows, dtype=upcast(rows[:0]).dtype).square()
+        given = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *((None if found is None else (found * twice).to(dtype)) for found, dtype in given), None, None

@@ -57,19 +57,26 @@ def upcast(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def as_factor(rows: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+def as_factor(rows: Tensor, dtype: torch.dtype, *, minus: Tensor | None = None, copy: bool = False) -> Tensor:
     """Return `(rows, features)` as factors of products in `dtype`; of 16 bits with zero rows up to a round number.
 
-    Products of 16 bits are made by code that is compiled for each new number of rows and kept (oneDNN, on a processor:
-    half a millisecond, four times what the product of a thousand rows takes, and 0.7 MB), and no two batches have as
-    many real tokens.
+    `minus` `(features,)` is taken from each of the rows on the way; it is rounded to 16 bits only where they are.
+    `copy` makes sure that it is not `rows` itself. Products of 16 bits are made by code that is compiled for each new
+    number of rows and kept (oneDNN, on a processor: half a millisecond, four times what the product of a thousand rows
+    takes, and 0.7 MB), and no two batches have as many real tokens.
     """
     if dtype.itemsize > 2:
-        return rows.to(dtype, copy=copy)
+        if minus is None:
+            return rows.to(dtype, copy=copy)
+        wide = rows.to(dtype)
+        return wide - minus if wide is rows else wide.sub_(minus)
     if rows.dtype.itemsize == 2 and rows.dtype != dtype:
         rows = rows.float()  # processors go from float16 to bfloat16 slowly
     padded = rows.new_empty(-(-len(rows) // ROUND_ROWS) * ROUND_ROWS, rows.shape[1], dtype=dtype)
-    padded[: len(rows)] = rows
+    if minus is None:
+        padded[: len(rows)] = rows
+    else:
+        torch.sub(rows, minus.to(rows.dtype), out=padded[: len(rows)])  # of two dtypes it takes three times as long
     padded[len(rows) :] = 0
     return padded
 
@@ -80,13 +87,18 @@ def real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
     Rows are selected, not multiplied by the mask: what stands in padding, NaN included, reaches neither the value nor
     the gradient. Raises UserError when the shapes do not fit.
     """
+    return upcast(real_rows_as_they_are(values, mask))
+
+
+def real_rows_as_they_are(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of `real_rows` in the dtype of `values`."""
     if values.dim() < 2:
         raise UserError(
             f"features have shape {tuple(values.shape)}, but must be (batch, seq, hidden) or (tokens, hidden): add the "
             "missing axis, for example with .unsqueeze(-1)."
         )
     flat = values.reshape(-1, values.shape[-1])
-    return upcast(flat) if mask is None else upcast(flat.index_select(0, real_row_numbers(values, mask)))
+    return flat if mask is None else flat.index_select(0, real_row_numbers(values, mask))
 
 
 def real_row_numbers(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,6 +129,16 @@ def in_one_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Return both tensors in the wider of their dtypes."""
     wider = torch.promote_types(first.dtype, second.dtype)
     return first.to(wider), second.to(wider)
+
+
+def square_sum(rows: Tensor) -> Tensor:
+    """Return the sum of squares of `(rows, features)` in float32 at least.
+
+    The norms of bfloat16 rows are rounded one by one, which saves a float32 copy of them.
+    """
+    if rows.dtype == torch.bfloat16:
+        return torch.linalg.vector_norm(rows, dim=1).float().square().sum()
+    return torch.linalg.vector_norm(rows, dtype=upcast(rows[:0]).dtype).square()
 
 
 def summed(per_row: Tensor) -> Mean:
