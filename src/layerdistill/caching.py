@@ -26,6 +26,11 @@ def fill_cache(recipe: Recipe, console: Console) -> Path:
         raise UserError(
             f"The method {recipe.method.name!r} reads nothing of a teacher while it trains: no cache helps."
         )
+    if recipe.data.streaming:
+        raise UserError(
+            "data.streaming is true: what the teacher says of a stream is kept while it is trained on. Write "
+            "teacher.cache: fill and train."
+        )
     teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
     given = stage_input(prepared, Path(recipe.output), console)
     model = in_students_ids(prepared, teacher.model)

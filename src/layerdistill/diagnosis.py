@@ -108,7 +108,10 @@ def open_source(source: Path, overrides: list[str], output: Path | None) -> Sour
 
 def rows_to_show(prepared: Prepared, examples: int) -> tuple[str, Dataset]:
     """Return the name of the split and its rows: all, or so many drawn with the recipe's seed."""
-    split = next(name for name in ("validation", "test", "train") if name in prepared.datasets)
+    readable = [name for name in ("validation", "test", "train") if isinstance(prepared.datasets.get(name), Dataset)]
+    if not readable:
+        raise UserError("data.streaming is true and there are no other data to look at. Add data.validation.")
+    split = readable[0]
     rows = prepared.datasets[split]
     if len(rows) <= examples:
         return split, rows

@@ -34,7 +34,8 @@ from layerdistill.models.adapters import (
 )
 from layerdistill.models.config import AdapterConfig
 from layerdistill.models.fast_dtype import fast_dtype
-from layerdistill.prepare import FALLBACK_TASKS, Prepared, finetune_arguments, svd_rank
+from layerdistill.prepare import Prepared, svd_rank
+from layerdistill.recipe_problems import FALLBACK_TASKS, finetune_arguments
 from layerdistill.train.config import own_defaults
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,12 @@ BYTES = 4
 ADAM_COPIES = 4
 """Weights, gradients and the two moments of AdamW, all float32."""
 
+STREAM_CACHE = {
+    "auto": "the teacher is run at every step, for nobody knows whether an example of a stream comes again",
+    "fill": "what the teacher says of the stream is kept as it is read, up to {gb:g} GB",
+    "require": "the teacher is never run, so all of the stream must have been kept before",
+}
+
 
 def show_plan(recipe: Recipe, console: Console) -> Prepared:
     """Print the plan of a recipe and return what was prepared for it; raises UserError with every problem found."""
@@ -50,6 +56,9 @@ def show_data(prepared: Prepared, console: Console) -> None:
     for column in ("split", "examples", "tokens", "tokens per example"):
         table.add_column(column, justify="right" if column != "split" else "left")
     for name, split in prepared.datasets.items():
+        if not isinstance(split, Sized):
+            table.add_row(name, "a stream", "", "")
+            continue
         tokens = tokens_in(split)
         table.add_row(name, f"{len(split):,}", f"{tokens:,}", f"{tokens / max(len(split), 1):.1f}")
     console.print(table)
@@ -163,6 +172,10 @@ def show_cache(prepared: Prepared, console: Console) -> None:
     needs = needs_of_recipe(prepared)
     if section is None or section.cache == "off" or not needs.teacher_at_all:
         return
+    if not isinstance(prepared.datasets["train"], Sized):
+        said = STREAM_CACHE[section.cache].format(gb=section.cache_gb)
+        console.print(f"Teacher cache ({section.cache}): {said}.", highlight=False)
+        return
     pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
     assert pair.teacher is not None and prepared.teacher_config is not None, "a teacher section comes with a model"
     dtype = fast_dtype() if section.dtype == "fast" else str(section.dtype)
@@ -221,8 +234,9 @@ def show_training(prepared: Prepared, console: Console) -> None:
     """Print how many steps there will be."""
     arguments = prepared.arguments
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    per_epoch = "of a stream" if prepared.recipe.data.streaming else "per epoch"
     console.print(
-        f"Training: steps of {batch} examples on one process, {prepared.steps_per_epoch:,} per epoch, learning rate "
+        f"Training: steps of {batch} examples on one process, {prepared.steps_per_epoch:,} {per_epoch}, learning rate "
         f"{arguments.learning_rate:g}, seed {prepared.recipe.seed}. Output: {prepared.recipe.output}"
     )
     if arguments.train_sampling_strategy == "group_by_length" and prepared.recipe.data.task != "causal-lm":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,11 +23,11 @@ from layerdistill.data import (
     load_splits,
     open_tokenizer,
     set_aside,
+    streamed_blocks,
     tokenise,
     trimmed_splits,
 )
 from layerdistill.evaluate import metric_problems
-from layerdistill.methods.curriculum import too_late
 from layerdistill.methods.table import find_method
 from layerdistill.models import (
     depths_from_config,
@@ -43,13 +43,10 @@ from layerdistill.models import (
 )
 from layerdistill.models.adapter_files import planned_adapters
 from layerdistill.recipe import Recipe
-from layerdistill.train.arguments import training_problems
-from layerdistill.train.config import LayerDistillationConfig, build_arguments, count_epochs
+from layerdistill.recipe_problems import curriculum_problems, head_problems, section_problems
+from layerdistill.train.config import LayerDistillationConfig, build_arguments
 
 Result = TypeVar("Result")
-
-FALLBACK_TASKS = {"causal-lm"}
-"""Tasks whose base model already has the head that the task needs."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class WholeVocabulary:
 class Prepared:
     """A recipe with its data tokenised and its models known by their configs; `pair` holds no models yet.
 
+    The training data are a `datasets.IterableDataset` without a length where `data.streaming` says so.
     `tokenizer`, `datasets` and `collator` speak the student's ids; `for_teacher` has those of the teacher by itself.
     """
 
@@ -77,7 +75,7 @@ class Prepared:
     student_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     labels: LabelSpace
-    datasets: dict[str, Dataset]
+    datasets: dict[str, Any]
     collator: Collator
     vocabulary: VocabularyCheck | None
     pair: Pair
@@ -96,7 +94,9 @@ class Prepared:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimisation steps in one pass over the training data, on one process."""
+        """Optimisation steps in one pass over the training data, on one process; of a stream all there are."""
+        if not isinstance(self.datasets["train"], Sized):
+            return self.arguments.max_steps
         batches = math.ceil(len(self.datasets["train"]) / self.arguments.per_device_train_batch_size)
         return max(math.ceil(batches / self.arguments.gradient_accumulation_steps), 1)
 
@@ -140,11 +140,11 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     splits = problems.attempt(load_splits, recipe.data, recipe.base, memory)
     finetune = (recipe.teacher.finetune if recipe.teacher is not None else None) or {}
     for place, given in (("training", recipe.training), ("teacher.finetune", finetune)):
-        if splits and "validation" not in splits and given.get("eval_strategy", "no") != "no":
+        if splits is not None and "validation" not in splits and given.get("eval_strategy", "no") != "no":
             problems.found.append(
                 f"{place}.eval_strategy asks for evaluations, but data.validation is missing. Add it."
             )
-    labels = problems.attempt(label_space, splits, recipe.data) if splits else None
+    labels = problems.attempt(label_space, splits, recipe.data) if splits is not None else None
     teacher_source, teacher_config = model_config(recipe.teacher, recipe, problems)
     own_model = recipe.student is not None and recipe.student.model is not None
     student_source, student_config = model_config(recipe.student if own_model else None, recipe, problems)
@@ -177,7 +177,7 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     problems.stop()
     assert datasets is not None
     arguments = build_arguments(recipe.training, recipe.output, recipe.seed)
-    problems.found += curriculum_problems(recipe, arguments, len(datasets["train"]))
+    problems.found += curriculum_problems(recipe, arguments, datasets["train"])
     problems.stop()
     prepared = Prepared(
         recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
@@ -263,22 +263,17 @@ def with_shapes(pair: Pair, teacher: PreTrainedConfig | None, student: PreTraine
     return replace(pair, teacher=models[0], student=models[1])
 
 
-def curriculum_problems(recipe: Recipe, arguments: LayerDistillationConfig, examples: int) -> list[str]:
-    """Return whether the method's curriculum begins after the training."""
-    start = getattr(getattr(recipe.method, "curriculum", None), "start", None)
-    problem = too_late(start, count_epochs(examples, lambda name: getattr(arguments, name)))
-    return [problem] if problem is not None else []
-
-
 def tokenised_splits(
     splits: dict[str, Dataset],
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     labels: LabelSpace,
     longest: int | None,
-) -> dict[str, Dataset]:
+) -> dict[str, Any]:
     """Return the splits as model inputs, with the rows that the method chooses by set aside."""
-    datasets = tokenise(splits, recipe.data, tokenizer, labels, longest)
+    datasets: dict[str, Any] = {**tokenise(splits, recipe.data, tokenizer, labels, longest)}
+    if recipe.data.streaming:
+        datasets["train"] = streamed_blocks(recipe.data, recipe.base, tokenizer, recipe.seed)
     calibration = getattr(recipe.method, "calibration", None)
     return datasets if calibration is None else set_aside(datasets, calibration, recipe.seed)
 
@@ -307,32 +302,6 @@ def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collato
     """Return the collator that the data section asks for."""
     data = recipe.data
     return Collator(tokenizer, data.task, data.padding, data.max_length, data.pad_to_multiple_of)
-
-
-def section_problems(recipe: Recipe) -> list[str]:
-    """Return what is wrong between sections whatever the models and the data hold."""
-    problems = []
-    cut_out = recipe.student is None or not recipe.student.model
-    if recipe.teacher is None and recipe.method.name != "none" and not cut_out:
-        problems.append(
-            f"teacher is missing: the method {recipe.method.name!r} learns from one. Add teacher: {{model: ...}}."
-        )
-    if recipe.teacher is not None and recipe.teacher.architecture is not None and recipe.data.tokenizer is None:
-        problems.append("data.tokenizer is missing: a teacher.architecture has no tokenizer of its own. Name a folder.")
-    if recipe.teacher is None and cut_out:
-        problems.append("teacher is missing: the student is to be cut out of it. Add it, or give student.model.")
-    if recipe.teacher is not None and recipe.teacher.finetune is not None:
-        problems += training_problems(finetune_arguments(recipe), place="teacher.finetune")
-        seed = recipe.teacher.finetune.get("seed", 0)
-        if type(seed) is not int or not 0 <= seed < 2**32:
-            problems.append(f"teacher.finetune.seed is {seed!r}: it must be a whole number from 0 to 2**32 - 1.")
-    return problems
-
-
-def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Return the teacher's own training arguments, without its seed, which is not the recipe's, and its adapters."""
-    assert recipe.teacher is not None and recipe.teacher.finetune is not None
-    return {name: value for name, value in recipe.teacher.finetune.items() if name not in ("seed", "lora")}
 
 
 def svd_rank(recipe: Recipe) -> int | None:
@@ -385,16 +354,3 @@ def pair_without_models(
         seed=recipe.seed,
         teacher_adapters=planned_adapters(recipe.teacher, teacher, recipe.data.task, recipe.base, svd_rank(recipe)),
     )
-
-
-def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: LabelSpace) -> list[str]:
-    """Return why the teacher's head does not fit the labels (a teacher that is fine-tuned first gets a new one)."""
-    if teacher is None or recipe.method.name == "none" or recipe.teacher is None or recipe.teacher.finetune is not None:
-        return []
-    if recipe.data.task in FALLBACK_TASKS or teacher.num_labels == labels.num_labels:
-        return []
-    return [
-        f"The head of the teacher {recipe.teacher.name} has {teacher.num_labels} labels, the data has "
-        f"{labels.num_labels} ({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it "
-        "fine-tuned first: teacher.finetune: {num_train_epochs: 3}."
-    ]

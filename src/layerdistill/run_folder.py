@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -119,7 +120,9 @@ def record_start(folder: Path, recipe: Recipe, prepared: Prepared) -> None:
             "threads": torch.get_num_threads(),
             "device": str(PartialState().device),
             "processes": PartialState().num_processes,
-            "examples": {name: len(split) for name, split in prepared.datasets.items()},
+            "examples": {
+                name: len(split) if isinstance(split, Sized) else None for name, split in prepared.datasets.items()
+            },
             "seed": recipe.seed,
         }
         write_json(folder / "environment.json", environment)

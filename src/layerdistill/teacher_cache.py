@@ -83,13 +83,14 @@ class StageTeachers:
     def refuse_early(self, needs: Needs) -> None:
         """Raise UserError for a cache that was made for something else or, where it may only be read, lacks `needs`.
 
-        `auto` has none to refuse unless its folder was named.
+        `auto` has none to refuse unless its folder was named. What is lacking of a stream is found when it comes.
         """
         if self.live is None or self.config is None or self.config.mode == "off":
             return
         if needs.teacher_at_all and (self.config.mode != "auto" or self.config.folder is not None):
             cached = CachedTeacher(self.live, self.open(), self.language_model)
-            if self.config.mode == "require" and not cached.folder.complete(cached.names(needs)):
+            whole = isinstance(self.given.datasets["train"], Sized)
+            if whole and self.config.mode == "require" and not cached.folder.complete(cached.names(needs)):
                 raise UserError(self.nothing_cached(cached, needs))
 
     def of(self, stage: Stage) -> TeacherSource | None:

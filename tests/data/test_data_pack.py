@@ -5,16 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from data_samples import byte_tokenizer
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from layerdistill.core.types import IGNORED_LABEL
 from layerdistill.data import pack
 from layerdistill.data.pack import blocks, encode_documents, encode_stream, windows
 
 
+def encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, separator: str) -> NDArray[np.int32]:
+    return np.concatenate(list(encode_stream(iter(texts), tokenizer, separator)))
+
+
 @pytest.mark.parametrize("length", [2, 3, 7, 40])
 def test_blocks_keep_every_token_in_order(length: int) -> None:
     stream = np.arange(100, dtype=np.int32)
-    cut = blocks(stream, length)
+    cut = list(blocks([stream], length))
+    in_parts = list(blocks(np.split(stream, [0, 1, 1, 5, 60, 61, 99]), length))
+    assert [block.tolist() for block in in_parts] == [block.tolist() for block in cut]
     assert all(len(block) == length for block in cut)
     assert np.concatenate(cut).tolist() == list(range(100 // length * length))
 
@@ -54,10 +62,10 @@ def test_a_window_does_not_change_the_stream() -> None:
 def test_documents_begin_and_end_as_the_tokenizer_says() -> None:
     texts = ["ab", "", "c"]
     plain, begun = byte_tokenizer(), byte_tokenizer(bos=True)
-    assert plain.decode(encode_stream(texts, plain, "eos")) == "ab<end>c<end>"
-    assert plain.decode(encode_stream(texts, plain, "none")) == "abc"
-    assert begun.decode(encode_stream(texts, begun, "eos")) == "<begin>ab<end><begin>c<end>"
-    assert begun.decode(encode_stream(texts, begun, "none")) == "<begin>abc"
+    assert plain.decode(encoded(texts, plain, "eos")) == "ab<end>c<end>"
+    assert plain.decode(encoded(texts, plain, "none")) == "abc"
+    assert begun.decode(encoded(texts, begun, "eos")) == "<begin>ab<end><begin>c<end>"
+    assert begun.decode(encoded(texts, begun, "none")) == "<begin>abc"
     assert [len(ids) for ids in encode_documents(texts, begun, end=True)] == [4, 0, 3]
 
 
@@ -68,4 +76,4 @@ def test_long_texts_in_pieces_give_the_same_tokens(piece: int, batch: int, monke
     expected = "".join(f"<begin>{text}<end>" for text in texts if text)
     monkeypatch.setattr(pack, "PIECE", piece)
     monkeypatch.setattr(pack, "BATCH_CHARACTERS", batch)
-    assert tokenizer.decode(encode_stream(texts, tokenizer, "eos")) == expected
+    assert tokenizer.decode(encoded(texts, tokenizer, "eos")) == expected

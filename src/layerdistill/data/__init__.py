@@ -6,6 +6,7 @@ from layerdistill.data.config import DataConfig
 from layerdistill.data.fingerprint import fingerprint_dataset
 from layerdistill.data.labels import LabelSpace, label_space
 from layerdistill.data.load import load_splits
+from layerdistill.data.streamed import streamed_blocks
 from layerdistill.data.tasks import TASKS, Task, get_task
 from layerdistill.data.tokenise import tokenise
 from layerdistill.data.tokenizer import open_tokenizer, padding_id
@@ -31,6 +32,7 @@ __all__ = [
     "open_tokenizer",
     "padding_id",
     "set_aside",
+    "streamed_blocks",
     "tokenise",
     "trim_tokenizer",
     "trimmed_splits",

@@ -67,6 +67,12 @@ class DataConfig(SectionConfig):
     """Causal LM, held-out data: step in tokens between overlapping windows; what a window repeats is context and not
     scored. Default: windows do not overlap."""
 
+    streaming: bool = False
+    """Causal LM, training data: read and cut into blocks while they are trained on, and not held in memory; the files
+    are then of one kind, and `training.max_steps` says when to stop."""
+    shuffle_buffer: int = Field(default=1000, ge=0)
+    """Streaming: the next block is drawn at random out of so many; 0 keeps their order."""
+
     @field_validator("task")
     @classmethod
     def _task_is_supported(cls, value: str) -> str:
@@ -83,7 +89,7 @@ class DataConfig(SectionConfig):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
-        problems = [*self._column_problems(), *self._language_model_problems()]
+        problems = [*self._column_problems(), *self._language_model_problems(), *self._stream_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -111,6 +117,13 @@ class DataConfig(SectionConfig):
                 f"data.stride ({self.stride}) is above data.max_length ({self.max_length}), so tokens between windows "
                 f"would not be scored. Give at most {self.max_length}"
             ]
+        return []
+
+    def _stream_problems(self) -> list[str]:
+        if self.streaming and (self.kind.label_kind != "tokens" or not self.pack):
+            return ["data.streaming is true, but only causal-lm with pack: true can be streamed. Remove it"]
+        if not self.streaming and self.shuffle_buffer != type(self).model_fields["shuffle_buffer"].default:
+            return ["data.shuffle_buffer has a meaning only with data.streaming: true. Remove it, or add that"]
         return []
 
     @property

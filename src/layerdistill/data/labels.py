@@ -83,10 +83,10 @@ def read_labels(splits: Mapping[str, Dataset], config: DataConfig) -> tuple[dict
 
 def label_space(splits: Mapping[str, Dataset], config: DataConfig) -> LabelSpace:
     """Return the label space of splits that came from `load_splits`."""
-    features: Features = splits["train"].features
     kind = config.kind
     if kind.label_kind == "tokens":
         return LabelSpace(0, (), None)
+    features: Features = splits["train"].features
     if kind.label_kind == "number":
         return LabelSpace(1, (config.label_columns[0],), kind.problem_type)
     feature = features["label"] if kind.label_kind == "class" else features["label"].feature

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.types import IGNORED_LABEL
 
 Tokens = NDArray[np.int32]
+Item = TypeVar("Item")
 
 PIECE = 10_000
 """Characters after which a longer text is cut at the next line end; long texts cost tokenizers much time and memory."""
@@ -32,10 +35,9 @@ def encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, e
             "causal language model, or set data.separator: none."
         )
     parts: list[list[Tokens]] = [[] for _ in texts]
-    for batch in _batches(texts):
-        encoded = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)
-        for (number, _), ids in zip(batch, encoded["input_ids"], strict=True):
-            parts[number].append(np.array(ids, dtype=np.int32))
+    numbered = ((number, piece) for number, text in enumerate(texts) for piece in _pieces([text]))
+    for number, ids in _encode(numbered, tokenizer):
+        parts[number].append(ids)
     head = np.array(_begin(tokenizer), dtype=np.int32)
     tail = np.array([tokenizer.eos_token_id] if end else [], dtype=np.int32)
     return [np.concatenate([head, *part, tail]) if part else head[:0] for part in parts]
@@ -46,43 +48,67 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:1] if whole and whole[0] == tokenizer.bos_token_id else []
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Yield (number of the text, piece of it) in batches of at least `BATCH_CHARACTERS`; the last may be smaller."""
-    batch: list[tuple[int, str]] = []
+def _encode(numbered: Iterable[tuple[int, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Tokens]]:
+    """Yield the numbers with the token ids of the texts beside them, without any special token."""
+    for batch in _batches(numbered, lambda pair: len(pair[1])):
+        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)
+        for (number, _), ids in zip(batch, encoded["input_ids"], strict=True):
+            yield number, np.array(ids, dtype=np.int32)
+
+
+def _batches(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Yield items in lists of at least `BATCH_CHARACTERS` characters together; the last may have fewer."""
+    batch: list[Item] = []
     size = 0
-    for number, text in enumerate(texts):
-        for piece in _pieces(text):
-            batch.append((number, piece))
-            size += len(piece)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += characters(item)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        stop = text.find("\n", start + PIECE) + 1 or len(text)
-        yield text[start:stop]
-        start = stop
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, joined, in pieces that end with the first line end after `PIECE` characters."""
+    rest = ""
+    for text in texts:
+        rest += text
+        start = 0
+        while stop := rest.find("\n", start + PIECE) + 1:
+            yield rest[start:stop]
+            start = stop
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
-def encode_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: str) -> Tokens:
-    """Return all texts as one stream of token ids, `(tokens,)`.
+def encode_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator: str) -> Iterator[Tokens]:
+    """Yield all texts as one stream of token ids, part by part, each `(tokens,)`; a million characters are held.
 
     `eos`: each text is a document that ends with the end-of-text token. `none`: the texts are joined as they are and
     tokenised as one.
     """
-    if separator == "none":
-        return encode_documents(["".join(texts)], tokenizer, end=False)[0]
-    return np.concatenate(encode_documents(texts, tokenizer, end=True))
+    if separator == "eos":
+        return chain.from_iterable(encode_documents(batch, tokenizer, end=True) for batch in _batches(texts, len))
+    parts = (ids for _, ids in _encode(((0, piece) for piece in _pieces(texts)), tokenizer))
+    head = np.array(_begin(tokenizer), dtype=np.int32)
+    return chain.from_iterable((part,) if number else (head, part) for number, part in enumerate(parts))
 
 
-def blocks(stream: Tokens, length: int) -> list[Tokens]:
+def blocks(parts: Iterable[Tokens], length: int) -> Iterator[Tokens]:
     """Cut a stream into consecutive blocks of `length` tokens; what is left over at the end is dropped."""
-    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+    held: list[Tokens] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= length:
+            whole = np.concatenate(held)
+            cut = size - size % length
+            yield from (whole[start : start + length] for start in range(0, cut, length))
+            held, size = [whole[cut:]], size - cut
 
 
 def windows(stream: Tokens, length: int, stride: int | None = None) -> list[tuple[Tokens, Tokens]]:

@@ -30,11 +30,14 @@ SPLIT_STEMS = {
 def read_sources(config: DataConfig, base: Path | None, memory: Memory | None) -> dict[str, Dataset]:
     """Return the raw rows of every split that `config` names or that its training source brings with it.
 
+    Not the training data where they are a stream.
+
     Raises one UserError with every missing or unreadable source.
     """
     splits: dict[str, Dataset] = {}
+    whole = [split for split in SPLITS if not (config.streaming and split == "train")]
     problems = [one_of("a split handed over in Python", name, SPLITS) for name in memory or {} if name not in SPLITS]
-    for split in SPLITS:
+    for split in whole:
         try:
             dataset = _read_split(config, split, base, memory or {})
         except UserError as error:
@@ -69,16 +72,37 @@ def _read_one(given: str, split: str, base: Path | None, text_columns: tuple[str
         return installed_docs()[split]
     place = locate(given, base)
     if place is None:
-        return _from_hub(given, split, base)
+        return hub_data(given, split, base)
+    return read_files(_files_at(place, split), text_columns)
+
+
+def _files_at(place: Path, split: str) -> list[Path]:
+    """Return a file, or those of a folder that hold `split`; raises UserError where there are none."""
     if place.is_file():
-        return read_files([place], text_columns)
+        return [place]
     files = split_files(place, split)
     if not files:
         raise UserError(
             f"data.{split} is the folder {place}, which holds no {split} file: looked for "
             f"{', '.join(SPLIT_STEMS[split])} with one of {', '.join(SUFFIXES)}. There: {_contents(place)}."
         )
-    return read_files(files, text_columns)
+    return files
+
+
+def training_files(config: DataConfig, base: Path | None) -> list[Path] | None:
+    """Return the files that `data.train` names, or None where it is on the hub.
+
+    Raises UserError for a file that is not there, and for one of a kind that is not read.
+    """
+    if isinstance(config.train, list):
+        files = [_existing_file(name, "train", base) for name in config.train]
+    elif (place := locate(config.train, base)) is None:
+        return None
+    else:
+        files = _files_at(place, "train")
+    if other := [path for path in files if path.suffix.lower() not in SUFFIXES]:
+        raise UserError(f"{other[0]} cannot be read as data: its name must end in {', '.join(SUFFIXES)}.")
+    return files
 
 
 def _brought_along(config: DataConfig, split: str, base: Path | None) -> Dataset | None:
@@ -121,7 +145,8 @@ def _from_memory(data: Any, split: str) -> Dataset:
     return Dataset(table_of([dict(row) if isinstance(row, Mapping) else row for row in data], f"the {split} data"))
 
 
-def _from_hub(given: str, split: str, base: Path | None) -> Dataset:
+def hub_data(given: str, split: str, base: Path | None, streaming: bool = False) -> Any:
+    """Return a split of the hub data set `given`, row by row if `streaming`; raises UserError where there is none."""
     name, _, rest = given.partition(":")
     subset, _, wanted = rest.partition(":")
     if not is_hub_id(name, SUFFIXES):
@@ -131,7 +156,7 @@ def _from_hub(given: str, split: str, base: Path | None) -> Dataset:
             f"'{INSTALLED_DOCS}'.{did_you_mean(given, [INSTALLED_DOCS])}"
         )
     try:
-        return load_dataset(name, subset or None, split=wanted or split)
+        return load_dataset(name, subset or None, split=wanted or split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -25,6 +25,7 @@ BATCH = 1000
 NO_LIMIT = 10**9
 """Tokenizers that know no limit say 10**30."""
 
+NO_TOKENS = np.empty(0, dtype=np.int32)
 IDS = pa.list_(pa.int32())
 MASK = pa.list_(pa.int8())
 TYPES = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": MASK}
@@ -134,9 +135,9 @@ def _language_model_inputs(
         ids, numbers = _single_documents(texts, split, config, tokenizer)
         labels = ids
     else:
-        stream = encode_stream(texts, tokenizer, config.separator)
+        stream = np.concatenate([NO_TOKENS, *encode_stream(texts, tokenizer, config.separator)])
         pairs = (
-            [(block, block) for block in blocks(stream, config.max_length)]
+            [(block, block) for block in blocks([stream], config.max_length)]
             if training
             else windows(stream, config.max_length, config.stride)
         )

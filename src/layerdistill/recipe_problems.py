@@ -1,0 +1,82 @@
+"""What is wrong between the sections of a recipe, each of which may be right by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from layerdistill.data import LabelSpace
+from layerdistill.methods.curriculum import too_late
+from layerdistill.recipe import Recipe
+from layerdistill.train.arguments import training_problems
+from layerdistill.train.config import LayerDistillationConfig, count_epochs
+
+FALLBACK_TASKS = {"causal-lm"}
+"""Tasks whose base model already has the head that the task needs."""
+
+
+def section_problems(recipe: Recipe) -> list[str]:
+    """Return what is wrong between sections whatever the models and the data hold."""
+    problems = []
+    cut_out = recipe.student is None or not recipe.student.model
+    if recipe.teacher is None and recipe.method.name != "none" and not cut_out:
+        problems.append(
+            f"teacher is missing: the method {recipe.method.name!r} learns from one. Add teacher: {{model: ...}}."
+        )
+    if recipe.teacher is not None and recipe.teacher.architecture is not None and recipe.data.tokenizer is None:
+        problems.append("data.tokenizer is missing: a teacher.architecture has no tokenizer of its own. Name a folder.")
+    if recipe.teacher is None and cut_out:
+        problems.append("teacher is missing: the student is to be cut out of it. Add it, or give student.model.")
+    if recipe.teacher is not None and recipe.teacher.finetune is not None:
+        problems += training_problems(finetune_arguments(recipe), place="teacher.finetune")
+        seed = recipe.teacher.finetune.get("seed", 0)
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            problems.append(f"teacher.finetune.seed is {seed!r}: it must be a whole number from 0 to 2**32 - 1.")
+    return [*problems, *stream_problems(recipe)] if recipe.data.streaming else problems
+
+
+def stream_problems(recipe: Recipe) -> list[str]:
+    """Return what cannot be done with training data that are a stream."""
+    problems = []
+    if not recipe.training.get("max_steps", -1) > 0:
+        problems.append("training.max_steps is missing: data.streaming is true, and a stream has no end. Add it.")
+    if recipe.teacher is not None and recipe.teacher.finetune is not None:
+        problems.append(
+            "teacher.finetune passes over all training data, but data.streaming is true. Fine-tune the teacher in a "
+            "recipe of its own, on data that fit into memory, or without layerdistill."
+        )
+    if recipe.student is not None and recipe.student.vocabulary == "trimmed":
+        problems.append(
+            "student.vocabulary is 'trimmed', which counts the tokens of all training data, but data.streaming is "
+            "true. Write vocabulary: full, or leave data.streaming out."
+        )
+    return problems
+
+
+def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the teacher's own training arguments, without its seed, which is not the recipe's, and its adapters."""
+    assert recipe.teacher is not None and recipe.teacher.finetune is not None
+    return {name: value for name, value in recipe.teacher.finetune.items() if name not in ("seed", "lora")}
+
+
+def curriculum_problems(recipe: Recipe, arguments: LayerDistillationConfig, train: Any) -> list[str]:
+    """Return whether the method's curriculum begins after the training; one over a stream is one pass."""
+    start = getattr(getattr(recipe.method, "curriculum", None), "start", None)
+    passes = count_epochs(len(train), lambda name: getattr(arguments, name)) if isinstance(train, Sized) else 1
+    problem = too_late(start, passes)
+    return [problem] if problem is not None else []
+
+
+def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: LabelSpace) -> list[str]:
+    """Return why the teacher's head does not fit the labels (a teacher that is fine-tuned first gets a new one)."""
+    if teacher is None or recipe.method.name == "none" or recipe.teacher is None or recipe.teacher.finetune is not None:
+        return []
+    if recipe.data.task in FALLBACK_TASKS or teacher.num_labels == labels.num_labels:
+        return []
+    return [
+        f"The head of the teacher {recipe.teacher.name} has {teacher.num_labels} labels, the data has "
+        f"{labels.num_labels} ({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it "
+        "fine-tuned first: teacher.finetune: {num_train_epochs: 3}."
+    ]
