@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from layerdistill.matching import (
     cka_loss,
     cka_statistics,
     cka_target,
+    hsic,
     linear_cka,
 )
 from layerdistill.matching.hsic import cheaper_form
+from layerdistill.matching.rows import as_factor
 
 from . import references
 
@@ -211,17 +215,64 @@ def test_most_rows_may_be_one_token(autocast: bool) -> None:
     assert found == pytest.approx(expected, rel=4e-3 if autocast else 1e-5)
 
 
+@pytest.mark.parametrize("size", [10.0, 100.0])
+def test_first_tokens_far_from_all_others_cost_no_precision(size: float) -> None:
+    first = torch.arange(64 * 128) % 128 == 0  # of each of 64 texts, as states of a begin-of-text token are
+    x, y = (side.float() for side in related(64 * 128, 48, 80))
+    x[first, :2] += size
+    y[first, 3:5] += size
+    x, y = x.bfloat16(), y.bfloat16()  # what is asked about is the centring, not the rounding of what is given
+    exact, rounded = x.double().requires_grad_(), x.float().requires_grad_()
+    cka_loss(exact, y.double()).value.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cka_loss(rounded, cka_target(y)).value
+    loss.backward()
+    assert exact.grad is not None and rounded.grad is not None
+    for rows in (first, ~first):
+        assert (rounded.grad[rows] - exact.grad[rows]).norm() < 0.03 * exact.grad[rows].norm()
+
+
+@pytest.mark.parametrize("form", ["feature", "gram"])
+def test_equal_16_bit_states_are_exactly_aligned(form: str) -> None:
+    for seed in range(5):
+        x = features(300, 24, seed, offset=1.0).bfloat16().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = cka_loss(x, cka_target(x), form=form).value
+        loss.backward()
+        assert loss.item() == 0
+        assert x.grad is not None and not x.grad.any()
+
+
 @pytest.mark.parametrize("form", ["feature", "gram"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_is_kept_until_the_backward_but_the_gradient(form: str, autocast: bool) -> None:
+def test_nothing_is_kept_until_the_backward_but_the_gradient(
+    form: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def noted(*args: Any, **options: Any) -> Tensor:
+        factor = as_factor(*args, **options)
+        made.append(weakref.ref(factor))
+        return factor
+
+    monkeypatch.setattr(hsic, "as_factor", noted)
     x, y = (side.float() for side in related(300, 12, 20))
     kept = []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape), lambda _: None),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
     ):
-        cka_loss(x.requires_grad_(), cka_target(y), form=form)
+        loss = cka_loss(x.requires_grad_(), cka_target(y), form=form)
     assert [shape for shape in kept if shape] == [(300, 12)]
+    assert loss.total.requires_grad and len(made) == 2
+    assert all(factor() is None for factor in made), "the centred rows of both sides are gone"
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hsic, "_gradient", None)
+    x, y = (side.requires_grad_() for side in related(30, 12, 8))
+    with torch.no_grad():
+        assert cka_loss(x, y).count.item() == 1
 
 
 @both_estimators

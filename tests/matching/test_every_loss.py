@@ -15,6 +15,7 @@ from torch import Tensor
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
 from layerdistill.matching import (
+    LinearMap,
     binary_kl,
     cka_loss,
     cosine_loss,
@@ -24,6 +25,7 @@ from layerdistill.matching import (
     logit_mse,
     masked_mse,
     normalised_mse,
+    projected_mse,
     reverse_kl,
     soft_cross_entropy,
 )
@@ -266,3 +268,13 @@ def test_cosine_and_normalised_mse_do_not_depend_on_scale_and_have_their_ranges(
     )
     assert cosine_loss(student, -3 * student, mask).value.item() == pytest.approx(2, rel=1e-12)
     assert normalised_mse(student, -3 * student, mask).value.item() == pytest.approx(4, rel=1e-12)
+
+
+def test_many_float32_numbers_are_added_up_without_loss() -> None:
+    student, teacher = (torch.randn(4096, 768, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    linear = LinearMap(torch.eye(768))
+    exact = (student.double() - teacher.double()).square().mean().item()
+    assert masked_mse(student, teacher).value.item() == pytest.approx(exact, rel=2e-6)
+    assert projected_mse(student, linear, teacher).value.item() == pytest.approx(exact, rel=2e-6)
+    wide = cka_loss(student, teacher, form="feature").value.item()
+    assert wide == pytest.approx(cka_loss(student.double(), teacher.double()).value.item(), rel=2e-6)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from layerdistill.core.errors import UserError
-from layerdistill.matching import LinearMap, masked_mse, projected_mse
+from layerdistill.matching import LinearMap, masked_mse, projected, projected_mse
 from layerdistill.matching.projected import linear_product
+from layerdistill.matching.rows import as_factor
 
 WIDTHS = 5, 8
 
@@ -71,15 +74,36 @@ def test_under_autocast_it_is_the_same_to_the_precision_of_bfloat16(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_is_kept_until_the_backward_but_the_gradients(autocast: bool) -> None:
+def test_nothing_is_kept_until_the_backward_but_the_gradients(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def noted(*args: Any, **options: Any) -> Tensor:
+        factor = as_factor(*args, **options)
+        made.append(weakref.ref(factor))
+        return factor
+
+    monkeypatch.setattr(projected, "as_factor", noted)
     student, linear, teacher = sides(300, bias=True, dtype=torch.float32)
     kept = []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape), lambda _: None),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
     ):
-        projected_mse(student, linear, teacher)
+        loss = projected_mse(student, linear, teacher)
     assert [shape for shape in kept if shape] == [(300, 5), (8, 5), (8,)]
+    assert loss.total.requires_grad and len(made) == 2
+    assert made[1]() is None, "the difference, of the teacher's width, is gone"
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, linear, teacher = sides(300, bias=True, dtype=torch.float32)
+    kept = []
+    with torch.no_grad():
+        monkeypatch.setattr(
+            torch.autograd.function.FunctionCtx, "save_for_backward", lambda _, *saved: kept.extend(saved)
+        )
+        projected_mse(student, linear, teacher)
+    assert kept == [None, None, None]
 
 
 def test_what_is_close_is_subtracted_before_it_is_rounded() -> None:

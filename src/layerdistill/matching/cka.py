@@ -18,6 +18,7 @@ from layerdistill.matching.rows import (
     real_rows,
     real_rows_as_they_are,
     same_rows,
+    upcast,
 )
 
 
@@ -88,7 +89,8 @@ def cka_loss(
     gradient near 0 and a larger one beyond CKA = 1/4. Deviations: no 1e-8 is added to the norms (it would make the loss
     depend on the features' scale), and it is computed in the inputs' precision (float32 at least), not in float64;
     under autocast to bfloat16 the centred rows are rounded to it before they are multiplied, as a model's own matrix
-    products are (not with `debiased`, which takes differences of what they add up to). Means, norms and sums are not.
+    products are (not with `debiased`, which takes differences of what they add up to). Sums are not, of bfloat16 rows
+    the mean is.
 
     With `all_reduce` the loss is that of all processes' tokens together. It must return the sum of a tensor over
     processes, and its backward the sum of the gradients, as `torch.distributed.nn.functional.all_reduce` does. Each
@@ -130,10 +132,10 @@ def _found(
         s, t = _paired(student, teacher.detach(), mask)
         target = Side(t, reduce, factors)
     else:
-        s, target = real_rows(student, mask), teacher
+        s, target = real_rows_as_they_are(student, mask), teacher
         _same_number(s, target)
     chosen = _resolve("feature" if all_reduce is not None and form == "auto" else form, s, target.rows)
-    return similarity(s, target.rows, Side(s, reduce, target.rows.dtype), target, debiased, chosen)
+    return similarity(upcast(s), target.rows, Side(s.detach(), reduce, target.rows.dtype), target, debiased, chosen)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from torch.nn.functional import layer_norm
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Mean
 from layerdistill.matching.directions import direction_distances
-from layerdistill.matching.rows import in_full_precision, in_one_dtype, real_row_numbers, real_rows, same_rows, summed
+from layerdistill.matching.rows import (
+    counted,
+    in_full_precision,
+    in_one_dtype,
+    real_row_numbers,
+    real_rows,
+    same_rows,
+    square_sum,
+    summed,
+)
 
 LAYER_NORM_EPS = 1e-5
 """What is added to the variance in `layer_norm_mse`: torch's default, which the released code uses."""
@@ -33,7 +42,7 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, div
     """
     s, t = _token_pairs(student, teacher, mask)
     total = _SquaredDistance.apply(s, t) / s.shape[1]
-    return Mean(relative_to(total, t) if divide_by_teacher else total, s.new_tensor(s.shape[0]))
+    return Mean(relative_to(total, t) if divide_by_teacher else total, counted(s))
 
 
 def relative_to(total: Tensor, teacher: Tensor) -> Tensor:
@@ -52,7 +61,7 @@ class _SquaredDistance(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         difference = student - teacher
         ctx.save_for_backward(difference)
-        return torch.linalg.vector_norm(difference).square()
+        return square_sum(difference)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +108,7 @@ def padded_normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None 
     """
     distances, _ = direction_distances(*_token_pairs(student, teacher, None))
     positions = distances.shape[0]
-    real = distances.new_tensor(real_row_numbers(student, mask).shape[0])
+    real = counted(real_row_numbers(student, mask)).to(distances.dtype)
     return Mean(distances.sum() * (real / max(positions, 1)).square(), real)
 
 

@@ -23,17 +23,14 @@ Form = Literal["auto", "feature", "gram"]
 Reduce = Callable[[Tensor], Tensor]
 """A sum over processes, with gradient; the identity when there is one process."""
 
-FEW_ROWS = 64
-"""At least so many rows, where there are as many, give the first guess of the mean of all."""
-
 
 class Side:
     """The real rows `(rows, hidden)` of one representation, centred over all processes' rows; nothing has a gradient.
 
     `count` is the number of all processes' rows, `scale` the Frobenius norm of the centred ones (1 where they do not
     vary, which `flat` says), all 0-d. They and all sums are in the precision of `rows`, float32 at least; the centred
-    rows are kept, and multiplied, in `factors` (default: the same). `number` is that of this process's rows, after
-    which `rows` may hold rows of zeros (`as_factor`).
+    rows are kept, and multiplied, in `factors` (default: the same), to which the mean is rounded too if `rows` are.
+    `number` is that of this process's rows, after which `rows` may hold rows of zeros (`as_factor`).
     """
 
     def __init__(self, rows: Tensor, reduce: Reduce, factors: torch.dtype | None = None) -> None:
@@ -45,18 +42,15 @@ class Side:
         self._second_moments: Tensor | None = None
         self._gram: Tensor | None = None
         with torch.no_grad():
-            some = rows[:: max(1, self.number // FEW_ROWS)].to(wide)
-            counts = (some.new_full((1,), count) for count in (self.number, len(some)))
-            sums = reduce(torch.cat([*counts, some.sum(0)]))
+            sums = reduce(torch.cat([rows.new_full((1,), self.number, dtype=wide), rows.sum(0, dtype=wide)]))
             self.count = sums[0]
-            # Centred twice: at the mean of a few rows, which takes away what all share before anything is rounded, and
-            # at that of all, with what rounding left of the first.
-            shift = sums[2:] / sums[1].clamp(min=1)
-            self.rows = as_factor(rows, factors, minus=shift)
+            mean = sums[1:] / self.count.clamp(min=1)
+            # Taken away twice: first what all rows share, before they are rounded, then what rounding left of it.
+            self.rows = as_factor(rows, factors, minus=mean)
             centred = self.rows[: self.number]
-            centred -= (reduce(centred.sum(0).to(wide)) / self.count.clamp(min=1)).to(factors)
+            centred -= (reduce(centred.sum(0, dtype=wide)) / self.count.clamp(min=1)).to(factors)
             square = reduce(square_sum(centred))
-            norm, raw = square.sqrt(), (square + self.count * shift.square().sum()).sqrt()
+            norm, raw = square.sqrt(), (square + self.count * mean.square().sum()).sqrt()
             self.flat = norm <= torch.finfo(wide).eps * raw
             self.scale = norm.masked_fill(self.flat, 1.0)
 
@@ -118,6 +112,8 @@ def similarity(x: Tensor, y: Tensor, side_x: Side, side_y: Side, debiased: bool,
     Differentiable in `x` and `y`. Where it is undefined the value is finite and means nothing. NaN and infinity go
     through.
     """
+    if not torch.is_grad_enabled():
+        x, y = x.detach(), y.detach()  # a gradient is computed at once where one may be asked for
     flat_x, flat_y = side_x.flat, side_y.flat
     cross = None if form == "gram" else cross_moments(side_x, side_y)
     products = _products(side_x, side_y, cross)
@@ -217,8 +213,7 @@ def _gradient(side: Side, other: Side, cross: Tensor | None, towards: Tensor, ba
 def _products(x: Side, y: Side, cross: Tensor | None) -> Products:
     if cross is None:
         return Products((y.gram() * x.gram()).sum(), (x.gram() * x.gram()).sum(), (y.gram() * y.gram()).sum())
-    moments = cross, x.second_moments(), y.second_moments()
-    return Products(*(torch.linalg.vector_norm(product).square() for product in moments))
+    return Products(*(square_sum(product) for product in (cross, x.second_moments(), y.second_moments())))
 
 
 def _correction(x: Side, y: Side, count: Tensor) -> Tensor:

@@ -47,8 +47,10 @@ def projected_mse(student: Tensor, linear: LinearMap, teacher: Tensor, divide_by
     equal_widths(linear.width, teacher.shape[-1])
     dtype = factor_dtype(student) or linear.weight.dtype
     with full_precision(student):
-        total = _ProjectedSquare.apply(student, linear.weight, linear.bias, teacher, dtype) / linear.width
-        return Mean(relative_to(total, upcast(teacher)) if divide_by_teacher else total, total.new_tensor(len(student)))
+        trained = torch.is_grad_enabled()
+        total = _ProjectedSquare.apply(student, linear.weight, linear.bias, teacher, dtype, trained) / linear.width
+        count = total.new_full((), len(student))
+        return Mean(relative_to(total, upcast(teacher)) if divide_by_teacher else total, count)
 
 
 def linear_product(states: Tensor, linear: LinearMap) -> Tensor:
@@ -107,15 +109,22 @@ class _ProjectedSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, dtype: torch.dtype
+        ctx: Any,
+        student: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher: Tensor,
+        dtype: torch.dtype,
+        trained: bool,
     ) -> Tensor:
+        wanted = [trained and needed for needed in ctx.needs_input_grad]  # it does not know of no_grad
         states, factor = as_factor(student, dtype), weight.to(dtype)
         difference = as_factor(teacher, dtype, minus=bias, copy=True)
         # Taken away before the product is rounded, which would lose digits where the two are close.
         difference.addmm_(states, factor.T, beta=-1)
-        of_student = upcast((difference @ factor)[: len(student)]) if ctx.needs_input_grad[0] else None
-        of_weight = upcast(difference.T @ states) if ctx.needs_input_grad[1] else None
-        of_bias = upcast(difference.sum(0)) if ctx.needs_input_grad[2] else None
+        of_student = upcast((difference @ factor)[: len(student)]) if wanted[0] else None
+        of_weight = upcast(difference.T @ states) if wanted[1] else None
+        of_bias = difference.sum(0, dtype=upcast(difference[:0]).dtype) if wanted[2] else None
         ctx.save_for_backward(of_student, of_weight, of_bias)
         ctx.dtypes = student.dtype, weight.dtype, weight.dtype
         return square_sum(difference)  # whose rounding the gradient does not see
@@ -125,4 +134,4 @@ class _ProjectedSquare(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         twice = 2 * upstream
         given = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *((None if found is None else (found * twice).to(dtype)) for found, dtype in given), None, None
+        return *((None if found is None else (found * twice).to(dtype)) for found, dtype in given), None, None, None

@@ -14,6 +14,7 @@ from layerdistill.core.types import Batch, LayerRef, Mean, Needs, Progress, Sign
 from layerdistill.matching import LayerMap, Projections
 from layerdistill.matching.filters import Filters
 from layerdistill.matching.projected import LinearMap
+from layerdistill.matching.rows import upcast
 
 Distance = Callable[[Tensor, Any, Tensor | None], Mean]
 """A function of the student's rows and the teacher's, `(tokens, hidden)`, and a mask `(tokens,)` or None: all count."""
@@ -169,7 +170,7 @@ def pair_name(student: LayerRef, teachers: Sequence[LayerRef]) -> str:
 
 
 def average_states(states: Sequence[Tensor]) -> Tensor:
-    """Return the mean of states of one shape in float32 (one state is returned as it is)."""
+    """Return the mean of states of one shape in float32 at least (one state is returned as it is)."""
     if len(states) == 1:
         return states[0]
-    return torch.stack([state.float() for state in states]).mean(dim=0)
+    return torch.stack([upcast(state) for state in states]).mean(dim=0)
