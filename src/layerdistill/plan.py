@@ -172,6 +172,9 @@ def show_cache(prepared: Prepared, console: Console) -> None:
     needs = needs_of_recipe(prepared)
     if section is None or section.cache == "off" or not needs.teacher_at_all:
         return
+    if needs.teacher_padding:
+        console.print(f"Teacher cache ({section.cache}): none, for the method counts padding.", highlight=False)
+        return
     if not isinstance(prepared.datasets["train"], Sized):
         said = STREAM_CACHE[section.cache].format(gb=section.cache_gb)
         console.print(f"Teacher cache ({section.cache}): {said}.", highlight=False)

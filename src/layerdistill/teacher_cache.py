@@ -87,6 +87,8 @@ class StageTeachers:
         """
         if self.live is None or self.config is None or self.config.mode == "off":
             return
+        if self.config.mode != "auto":
+            refuse_padding(needs)
         if needs.teacher_at_all and (self.config.mode != "auto" or self.config.folder is not None):
             cached = CachedTeacher(self.live, self.open(), self.language_model)
             whole = isinstance(self.given.datasets["train"], Sized)
@@ -112,6 +114,7 @@ class StageTeachers:
         if self.config.mode == "fill":
             self.prepare(folder)
         needs = needs_during(stage.terms, 1, stage_arguments(self.given, stage, self.given.folder).max_steps)
+        refuse_padding(needs)
         cached = CachedTeacher(self.live, folder, self.language_model, only_cached=self.config.mode == "require")
         note_use(folder.folder / MANIFEST_FILE)
         place = folder.folder if folder.folder.exists() else Path()
@@ -138,6 +141,7 @@ class StageTeachers:
         """Return the cache, filled, or None where `auto` finds it not worth its while."""
         assert self.live is not None and self.config is not None, "of() has seen to it"
         mode = self.config.mode
+        refuse_padding(needs)
         folder = self.open()
         cached = CachedTeacher(self.live, folder, self.language_model, only_cached=mode == "require")
         if not agreed(folder.complete(cached.names(needs))):
@@ -307,6 +311,15 @@ def dtype_of(model: nn.Module) -> str:
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Return the fingerprint of what a tokenizer makes of text: its vocabulary and its class."""
     return fingerprint_json([type(tokenizer).__name__, tokenizer.get_vocab()]) if tokenizer is not None else ""
+
+
+def refuse_padding(needs: Needs) -> None:
+    """Raise UserError where what the teacher says of padding is read: it depends on the batch, and is not kept."""
+    if needs.teacher_padding:
+        raise UserError(
+            "The method counts padding, and what the teacher says of padding is not kept, for it depends on the other "
+            "texts of a batch. Write teacher.cache: off, or leave out the option that counts padding."
+        )
 
 
 def needs_of_recipe(prepared: Prepared) -> Needs:

@@ -57,6 +57,39 @@ def test_a_cached_teacher_teaches_what_the_live_one_does(method: str, tmp_path: 
     assert losses(live.folder) == pytest.approx(losses(rounded.folder), rel=1e-2)
 
 
+PADDING = {
+    "ild": {"distance": "padded_normalised_mse"},
+    "ted": {"filters": "none", "finetune_student_first": False, "mask_padding": False},
+    "rail_kd": {"include_padding": True},
+    "lora_ild": {"include_padding": True, "rank": 4},
+    "layer_prune": {"num_removed": 1, "loss": "paper", "count_padding": True, "calibration": {"examples": 8}},
+}
+"""Options with which padding counts."""
+
+
+@pytest.mark.parametrize("method", list(PADDING))
+def test_where_padding_counts_the_teacher_is_run(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recipe(cache: str, output: str) -> Any:
+        found = recipe_of(tmp_path, method, cache, output)
+        found["method"] |= PADDING[method]
+        if method == "layer_prune":
+            del found["student"]
+        if method == "lora_ild":
+            found["teacher"]["finetune"] = {"max_steps": 2, "lora": {"rank": 4}}
+            found["student"] = {"num_blocks": 2}
+        return found
+
+    with pytest.raises(UserError, match="The method counts padding"):
+        run(recipe("fill", "refused"))
+    live = run(recipe("off", "live"))
+    auto = run(recipe("auto", "auto"), console=Console(width=500))
+    assert "The teacher is not cached: The method counts padding" in capsys.readouterr().out
+    assert losses(live.folder) == losses(auto.folder)
+    assert not list((tmp_path / "cache").glob("**/*.safetensors"))
+
+
 def test_with_batches_padded_alike_and_float32_the_losses_are_bit_identical(tmp_path: Path) -> None:
     """Of hidden states. A head's product of few rows adds in another order in another place of the batch."""
     for cache in ("off", "fill"):

@@ -135,7 +135,8 @@ class Needs:
 
     `teacher_averages` are layers of which a term reads no more than each example's mean over its real tokens,
     `teacher_top` which likeliest tokens it reads in place of a language model's logits. A term
-    that reads the student's logits says so, because where none does those of a language model are not made.
+    that reads the student's logits says so, because where none does those of a language model are not made; and one
+    that reads what the teacher says of padding (`teacher_padding`), because a cache does not hold it.
     """
 
     student: frozenset[LayerRef] = frozenset()
@@ -146,6 +147,7 @@ class Needs:
     teacher_averages: frozenset[LayerRef] = frozenset()
     student_logits: bool = False
     teacher_top: frozenset[TopK] = frozenset()
+    teacher_padding: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -157,6 +159,7 @@ class Needs:
             self.teacher_averages | other.teacher_averages,
             self.student_logits or other.student_logits,
             self.teacher_top | other.teacher_top,
+            self.teacher_padding or other.teacher_padding,
         )
 
     @property

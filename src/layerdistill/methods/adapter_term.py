@@ -65,6 +65,7 @@ class AdapterTerm(nn.Module):
             teacher_taps=frozenset(
                 teacher_tap(path) for _, blocks in groups for block in blocks for path in block.values()
             ),
+            teacher_padding=self.include_padding,
         )
 
     def unit(self, name: str) -> Unit:

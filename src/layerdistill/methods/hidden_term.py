@@ -81,6 +81,7 @@ class HiddenTerm(nn.Module):
         return Needs(
             student=frozenset(student for student, _ in groups),
             teacher=frozenset(layer for _, teachers in groups for layer in teachers),
+            teacher_padding=self.padding or self.sees_padding,
         )
 
     def unit(self, name: str) -> Unit:

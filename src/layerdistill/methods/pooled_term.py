@@ -81,6 +81,7 @@ class PooledTerm(nn.Module):
             student=frozenset(student for student, _ in groups),
             teacher=theirs if self.include_padding else frozenset(),
             teacher_averages=frozenset() if self.include_padding else theirs,
+            teacher_padding=self.include_padding,
         )
 
     def unit(self, name: str) -> Unit:

@@ -127,7 +127,7 @@ class SummedKl(nn.Module):
 
     def needs(self, progress: Progress) -> Needs:
         """The teacher's logits."""
-        return Needs(teacher_logits=True)
+        return Needs(teacher_logits=True, teacher_padding=self.count_padding)
 
     def unit(self, name: str) -> Unit:
         """Micro-batches."""
