@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="torch threads; 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--venvs", type=Path, default=ROOT / "benchmarks" / ".venvs", help="where tools are installed")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results.json", help="everything measured")
+    parser.add_argument("--output", type=Path, help="everything measured; benchmarks/results.json, none with --quick")
     parser.add_argument("--keep", action="store_true", help="leave the works in --output that are not measured now")
     parser.add_argument("--page", type=Path, help="the page to write; docs/benchmarks.md, none with --quick")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds to wait for an arm's answer; 1800")
@@ -51,8 +51,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value in (QUICK if given.quick else FULL).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
-    if given.page is None and not given.quick and not given.tiny:
-        given.page = ROOT / "docs" / "benchmarks.md"
+    if not given.quick and not given.tiny:
+        given.page = given.page or ROOT / "docs" / "benchmarks.md"
+        given.output = given.output or ROOT / "benchmarks" / "results.json"
     given.works = given.works.split(",")
     if unknown := set(given.works) - set(WORKS):
         parser.error(f"no work is called {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
@@ -71,6 +72,15 @@ def chosen_arms(given: argparse.Namespace) -> list[Arm]:
     return [arm for arm in ARMS if arm.name in names]
 
 
+def refuse_another_machine(kept: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Exit where works that are kept were measured in another way: figures are computed from several of them."""
+    for name in ("threads", "device"):
+        if kept and kept[name] != result[name]:
+            sys.exit(f"--keep: the works kept were measured with {name} {kept[name]}, not {result[name]}.")
+    if kept and kept["machine"]["processor"] != result["machine"]["processor"]:
+        sys.exit(f"--keep: the works kept were measured on {kept['machine']['processor']}, which is another processor.")
+
+
 def say(sentence: str) -> None:
     """Tell what is going on."""
     sys.stderr.write(f"{datetime.now():%H:%M:%S} {sentence}\n")
@@ -86,7 +96,8 @@ def main(arguments: Sequence[str]) -> None:
         "device": given.device, "rounds": given.rounds, "about": {}, "works": {},
         "command": shlex.join(["python", "-m", "benchmarks.bench", *arguments]),
     }  # fmt: skip
-    kept = json.loads(given.output.read_text()) if given.keep and given.output.exists() else {}
+    kept = json.loads(given.output.read_text()) if given.keep and given.output and given.output.exists() else {}
+    refuse_another_machine(kept, result)
     result = {**kept, **result, "about": kept.get("about", {}), "works": kept.get("works", {})}
     pythons, missing = prepare(needed, given.venvs, say)
     with tempfile.TemporaryDirectory(prefix="bench-logs-") as logs:
@@ -100,10 +111,11 @@ def main(arguments: Sequence[str]) -> None:
             taking_part = [arm for arm in arms if name in arm.works]
             result["about"][name] = {
                 "title": work.title, "words": work.words, "steps": steps, "rounds": given.rounds,
-                "date": result["date"], "commit": result["machine"]["commit"],
+                "date": result["date"], "commit": result["machine"]["commit"], "load": result["machine"]["load"],
             }  # fmt: skip
             result["works"][name] = measure_work(name, taking_part, options, say)
-            given.output.write_text(json.dumps(result, indent=1) + "\n")
+            if given.output is not None:
+                given.output.write_text(json.dumps(result, indent=1) + "\n")
             sys.stdout.write(f"\n{name}: {work.words}\n\n{work_table(result['works'][name], given.device != 'cpu')}\n")
     if given.page is not None:
         write_page(result, given.page)

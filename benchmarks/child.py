@@ -128,6 +128,7 @@ def main() -> None:
             without_dropout(running.student)
             step_done = one_step
         else:
+            memory.settle()
             ready = {"base": memory.now(), "versions": versions(arm), "device": memory.device_name()}
             step_done = Blocks(running, channel, memory, collate, given.warmup, ready)
         with suppress(Stop):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -31,6 +33,14 @@ class Memory:
         if self.on_gpu:
             return torch.cuda.memory_allocated()
         return read_status("VmRSS") if STATUS.exists() else largest()
+
+    def settle(self) -> None:
+        """Give back what was used on the way here, so that it is neither base nor a reserve for what comes."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        elif sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
     def peak(self) -> int:
         """Return the bytes at the peak since it was last forgotten."""

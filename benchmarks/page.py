@@ -39,10 +39,11 @@ median over rounds and, in brackets, the smallest and the largest. Memory is the
 use when models and data were loaded, optimizer states and all. **R0** is the {REFERENCE.name}: the teacher in float32
 under `no_grad` with `output_hidden_states=True` at every step, shuffled batches, dynamic padding, `torch.optim.AdamW`.
 The **{FLOOR.name}** is the same loop with the teacher's outputs in memory: the student's own forward, backward and
-optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor, "teacher" the share in
-which the teacher is run or, from a cache, read, "hidden terms" the one in which these are computed, forward and
-backward. "Positions" are those of a step's batch on average, padding too: where
-texts of similar length come together there are fewer, and blocks differ more from one another.
+optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor, where the batches are
+the floor's; "teacher" the share in which the teacher is run or, from a cache, read, "hidden terms" the one in which
+these are computed, forward and backward (both by the processor's clock, so not on an accelerator). "Positions" are
+those of a step's batch on average, padding too: where texts of similar length come together there are fewer, and blocks
+differ more from one another.
 
 Before anything is timed, every arm does one step without dropout on the same first batch, and its loss terms are
 compared with R0's; the column on the right says where they differ, and why."""
@@ -102,8 +103,8 @@ def work_table(results: Results, on_gpu: bool) -> str:
             "" if positions is None else f"{positions:,.0f}",
             "" if peak is None else f"{peak / 1e6:,.0f}",
             "" if peak is None or not reference else f"{peak / reference:.2f}",
-            "" if share is None else f"{share:.0%}", percent(share_of_part(result, "teacher")),
-            percent(share_of_part(result, "hidden")), remarks(results, name),
+            "" if share is None else f"{share:.0%}", "" if on_gpu else percent(share_of_part(result, "teacher")),
+            "" if on_gpu else percent(share_of_part(result, "hidden")), remarks(results, name),
         ])  # fmt: skip
     head = [
         "arm", "CPU ms", "CPU / R0", "wall ms", "wall / R0", "positions", "MB over base", "/ R0",
@@ -184,10 +185,10 @@ def measured_on(given: Mapping[str, Any]) -> str:
     """Return the list of machine, versions and settings."""
     machine = given["machine"]
     lines = [
-        f"Date: {given['date']}; commit {machine['commit']}; command: `{given['command']}`",
+        f"Last part: {given['date']}; commit {machine['commit']}; command: `{given['command']}`",
         f"Processor: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; "
         f"{', '.join(machine['flags']) or 'none of the flags that matter'}",
-        f"Torch threads: {given['threads']}; device: {given['device']}; load before the start: {machine['load']:.2f}",
+        f"Torch threads: {given['threads']}; device: {given['device']}",
         f"{machine['system']}, Python {machine['python']}",
     ]
     versions: dict[str, str] = {}
@@ -203,13 +204,18 @@ def write_page(given: Mapping[str, Any], path: Path) -> None:
     on_gpu = given["device"] != "cpu"
     parts = ["# Benchmarks", "What a step of distillation costs. Repeat it with `make bench`.", measured_on(given), HOW]
     for name, results in given["works"].items():
-        about = {"rounds": given["rounds"], "date": given["date"], "commit": given["machine"]["commit"]}
-        about |= given["about"][name]
+        machine = given["machine"]
+        about = {
+            "rounds": given["rounds"], "date": given["date"], "commit": machine["commit"], "load": machine["load"],
+            **given["about"][name],
+        }  # fmt: skip
         size = (
-            f"{about['rounds']} rounds of blocks of {about['steps']} steps, {about['date']}, commit {about['commit']}."
+            f"{about['rounds']} rounds of blocks of {about['steps']} steps, {about['date']}, commit {about['commit']}, "
+            f"load {about['load']:.2f} before the start."
         )
         parts += [f"## {name}: {about['title']}", f"{about['words']} {size}", work_table(results, on_gpu)]
-    parts.append(hidden_section(given["works"]))
+    if not on_gpu:
+        parts.append(hidden_section(given["works"]))
     parts.append(study_section(given["works"], on_gpu))
     parts.append(run_section(given.get("study")))
     path.write_text("\n\n".join(part for part in parts if part) + "\n")

@@ -53,7 +53,13 @@ def peak_over_base(result: Mapping[str, Any]) -> float | None:
 
 
 def not_the_students(results: Results, name: str, clock: str) -> float | None:
-    """Return the share of an arm's step beyond the floor, 0 for an arm below it."""
+    """Return the share of an arm's step beyond the floor, 0 for an arm below it.
+
+    None where the arm's batches are others than the floor's, which are the reference's.
+    """
+    theirs, reference = (positions_per_step(results[of]) if of in results else None for of in (name, REFERENCE.name))
+    if theirs is not None and theirs != reference:
+        return None
     ours, floor = ratio(results, name, clock), ratio(results, FLOOR.name, clock) if FLOOR.name in results else None
     if ours is None or floor is None:
         return None
@@ -83,16 +89,22 @@ def hidden_share(works: Mapping[str, Results], work: str, arm: str) -> float | N
 
 
 def disagreements(results: Results, name: str) -> list[str]:
-    """Return the first losses of an arm that differ from the reference's by more than its tolerance, in words."""
+    """Return how the first losses of an arm differ from the reference's, in words.
+
+    By more than its tolerance, or because they cannot be compared.
+    """
     ours, reference = results[name].get("losses", {}), results.get(REFERENCE.name, {}).get("losses", {})
-    found = []
+    found, compared = [], set[str]()
     for term, value in ours.items():
         parts = term.split(" + ")
         if not all(part in reference for part in parts):
             continue
+        compared.update(parts)
         expected = sum(reference[part] for part in parts)
-        if abs(value - expected) > results[name]["tolerance"] * max(abs(expected), 1e-6):
+        if not abs(value - expected) <= results[name]["tolerance"] * max(abs(expected), 1e-6):  # also where it is NaN
             found.append(f"{term} {value:.4g}, not {expected:.4g}")
+    if lacking := [term for term in reference if term not in compared]:
+        found.append(f"{', '.join(lacking)} not compared")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.bench import parse, refuse_another_machine
+from benchmarks.summary import disagreements, not_the_students
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -148,3 +152,36 @@ def test_one_method_of_the_study_is_run(tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert float(done.stdout.splitlines()[-1]) > 0
+
+
+def test_losses_that_are_not_numbers_or_not_there_do_not_agree() -> None:
+    results = {
+        "naive loop": arm(1.0), "nan": arm(1.0, losses={"task": math.nan, "logits": 0.1}),
+        "none": arm(1.0, losses={}), "other": arm(1.0, losses={"task": 0.7, "whole": 0.8}), "same": arm(1.0),
+    }  # fmt: skip
+    assert disagreements(results, "nan") == ["task nan, not 0.7"]
+    assert disagreements(results, "none") == ["task, logits not compared"]
+    assert disagreements(results, "other") == ["logits not compared"]
+    assert disagreements(results, "same") == []
+
+
+def test_a_floor_over_other_batches_says_nothing() -> None:
+    results = {"naive loop": arm(4.0), "floor": arm(1.0), "same": arm(2.0), "shorter": arm(2.0)}
+    results["shorter"]["blocks"][0]["positions"] = 60
+    assert not_the_students(results, "same", "cpu") == 0.5
+    assert not_the_students(results, "shorter", "cpu") is None
+
+
+def test_a_quick_look_leaves_the_results_alone() -> None:
+    assert parse(["--quick"]).output is None and parse(["--tiny"]).page is None
+    assert parse([]).output == ROOT / "benchmarks" / "results.json"
+
+
+def test_works_of_another_machine_are_not_kept() -> None:
+    kept = small_result()
+    refuse_another_machine(kept, small_result())
+    refuse_another_machine({}, kept)
+    with pytest.raises(SystemExit, match="with threads 1, not 2"):
+        refuse_another_machine(kept, {**kept, "threads": 2})
+    with pytest.raises(SystemExit, match="another processor"):
+        refuse_another_machine(kept, {**kept, "machine": {**kept["machine"], "processor": "faster"}})
