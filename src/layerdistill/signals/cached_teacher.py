@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ CHANGED = (
 )
 
 
+class RealTokens(NamedTuple):
+    """Which positions `(batch, seq)` of a batch are real tokens, and how many each example has."""
+
+    mask: Tensor
+    counts: list[int]
+
+
 class CachedTeacher:
     """What a teacher says about every example, read from a folder; the model is run for what is not there yet.
 
@@ -58,13 +66,15 @@ class CachedTeacher:
         if not self.folder.has(self.names(needs), keys):
             raise UserError(CHANGED)
         masks = batch_masks(unwrap(self.live.model), batch)
-        rows = {layer: self._tokens(keys, str(layer), masks[layer.stack]) for layer in needs.teacher}
-        taps = self._taps(keys, needs.teacher_taps, masks)
+        # Counted once for all layers, for it makes a host wait for its accelerator.
+        real = {stack: RealTokens(mask, mask.ne(0).sum(1).tolist()) for stack, mask in masks.items()}
+        rows = {layer: self._tokens(keys, str(layer), real[layer.stack]) for layer in needs.teacher}
+        taps = self._taps(keys, needs.teacher_taps, real)
         averages = {
             layer: self._examples(keys, average_name(layer), masks[layer.stack]) for layer in needs.teacher_averages
         }
-        top = {which: self._top(keys, which, masks[""]) for which in needs.teacher_top}
-        logits = self._logits(keys, masks) if needs.teacher_logits else None
+        top = {which: self._top(keys, which, real[""]) for which in needs.teacher_top}
+        logits = self._logits(keys, real) if needs.teacher_logits else None
         return Signal(logits, LaidOut(rows, masks), masks, taps, averages, top, rows)
 
     @cached_property
@@ -135,46 +145,49 @@ class CachedTeacher:
             wanted |= Needs(teacher=frozenset({FINAL}))
         return wanted
 
-    def _taps(self, keys: Sequence[bytes], taps: Iterable[Tap], masks: Mapping[StackName, Tensor]) -> dict[Tap, Tensor]:
+    def _taps(
+        self, keys: Sequence[bytes], taps: Iterable[Tap], real: Mapping[StackName, RealTokens]
+    ) -> dict[Tap, Tensor]:
         """Return every tap's rows, as one tensor where the folder keeps them once for several taps."""
         found: dict[Tap, Tensor] = {}
         made: dict[tuple[Place, ...], Tensor] = {}
         for tap in taps:
             places = tuple(self.folder.places[tap_name(tap)][key] for key in keys)
             if places not in made:
-                mask = masks[self._stack(tap)]
-                made[places] = spread(self._tokens(keys, tap_name(tap), mask), mask)
+                tokens = real[self._stack(tap)]
+                made[places] = spread(self._tokens(keys, tap_name(tap), tokens), tokens.mask)
             found[tap] = made[places]
         return found
 
     def _stack(self, tap: Tap) -> StackName:
         return stack_of(unwrap(self.live.model), tap)
 
-    def _tokens(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
+    def _tokens(self, keys: Sequence[bytes], name: str, real: RealTokens) -> Tensor:
         """Return `(tokens, width)`, one example after the other, on the mask's device.
 
         Raises UserError where an example has another number of tokens than when it was cached.
         """
         rows = [self.folder.rows(name, key) for key in keys]
-        if [len(row) for row in rows] != mask.ne(0).sum(1).tolist():
+        if [len(row) for row in rows] != real.counts:
             raise UserError(CHANGED)
-        return torch.cat(rows).to(mask.device)
+        return torch.cat(rows).to(real.mask.device)
 
     def _examples(self, keys: Sequence[bytes], name: str, mask: Tensor) -> Tensor:
         """Return `(batch, width)`, on the mask's device."""
         return torch.cat([self.folder.rows(name, key) for key in keys]).to(mask.device)
 
-    def _top(self, keys: Sequence[bytes], which: TopK, mask: Tensor) -> TopTokens:
+    def _top(self, keys: Sequence[bytes], which: TopK, real: RealTokens) -> TopTokens:
+        mask = real.mask
         tokens, log_probabilities = top_names(which)
         ids = torch.cat([self.folder.rows(tokens, key).long() for key in keys]).to(mask.device)
-        likely = self._tokens(keys, log_probabilities, mask).float()
+        likely = self._tokens(keys, log_probabilities, real).float()
         top = TopTokens(spread(ids, mask), spread(likely, mask))
         return blank_padding(top, which, mask.bool(), self.live.vocabulary)
 
-    def _logits(self, keys: Sequence[bytes], masks: Mapping[StackName, Tensor]) -> Tensor:
+    def _logits(self, keys: Sequence[bytes], real: Mapping[StackName, RealTokens]) -> Tensor:
         if self.head is None:
-            return self._examples(keys, LOGITS, next(iter(masks.values())))
-        states = spread(self._tokens(keys, str(FINAL), masks[""]), masks[""])
+            return self._examples(keys, LOGITS, next(iter(real.values())).mask)
+        states = spread(self._tokens(keys, str(FINAL), real[""]), real[""].mask)
         with torch.no_grad():
             return self.head(states.flatten(0, 1), FINAL).view(*states.shape[:2], -1)
 
