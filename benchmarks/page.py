@@ -41,9 +41,9 @@ under `no_grad` with `output_hidden_states=True` at every step, shuffled batches
 The **{FLOOR.name}** is the same loop with the teacher's outputs in memory: the student's own forward, backward and
 optimizer step, and the losses. "Not the student's own" is the share of a step beyond the floor, where the batches are
 the floor's; "teacher" the share in which the teacher is run or, from a cache, read, "hidden terms" the one in which
-these are computed, forward and backward (both by the processor's clock, so not on an accelerator). "Positions" are
-those of a step's batch on average, padding too: where texts of similar length come together there are fewer, and blocks
-differ more from one another.
+these are computed, forward and backward (both by the processor's clock, so not on an accelerator, and after the first
+block). "Positions" are those of a step's batch on average, padding too: where texts of similar length come together
+there are fewer, and blocks differ more from one another.
 
 Before anything is timed, every arm does one step without dropout on the same first batch, and its loss terms are
 compared with R0's; the column on the right says where they differ, and why."""

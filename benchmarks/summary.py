@@ -67,9 +67,14 @@ def not_the_students(results: Results, name: str, clock: str) -> float | None:
 
 
 def share_of_part(result: Mapping[str, Any], part: str) -> float | None:
-    """Return the share of a step's processor time that a part of it took; None for an arm that does not count it."""
+    """Return the share of a step's processor time that a part of it took; None for an arm that does not count it.
+
+    The first of several blocks is left out: there layerdistill measures each term's gradient by itself once, and the
+    student's backward of that would be the hidden terms'.
+    """
     name = f"cpu of {part}"
-    found = [block[name] / block["cpu"] for block in result["blocks"] if name in block]
+    blocks = result["blocks"][1:] or result["blocks"]
+    found = [block[name] / block["cpu"] for block in blocks if name in block]
     return median(found) if found and "failed" not in result else None
 
 
