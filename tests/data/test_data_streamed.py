@@ -121,6 +121,18 @@ def test_no_more_is_read_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(read) < 30
 
 
+def test_a_hub_data_set_is_asked_for_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def hub(*names: Any, **options: Any) -> IterableDataset:
+        asked.append((names, options))
+        return IterableDataset.from_generator(lambda: iter(ROWS))
+
+    monkeypatch.setattr("layerdistill.data.sources.load_dataset", hub)
+    assert len(list(streamed(language_model("owner/corpus:plain")))) > 10
+    assert asked == [(("owner/corpus", "plain"), {"split": "train", "streaming": True})]
+
+
 def test_rows_without_text_are_refused_or_dropped(tmp_path: Path) -> None:
     rows = [{"text": None if number % 5 == 4 else row["text"]} for number, row in enumerate(ROWS)]
     path = write_rows(tmp_path / "some.jsonl", rows)

@@ -36,6 +36,14 @@ def read_files(paths: list[Path], text_columns: tuple[str, ...] = ()) -> Dataset
         ) from error
 
 
+def known_suffix(path: Path) -> str:
+    """Return the suffix that says how a file is read; raises UserError for one that is not known."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path} cannot be read as data: its name must end in {', '.join(SUFFIXES)}.")
+    return suffix
+
+
 def columns_of(dataset: Dataset, names: Sequence[str]) -> pa.Table:
     """Return columns of any data set, whatever its format or row selection, as one Arrow table."""
     return dataset.select_columns(list(names)).with_format("arrow")[:]
@@ -64,9 +72,7 @@ def table_of(rows: Iterable[dict[str, Any]], where: str) -> pa.Table:
 
 
 def _read_file(path: Path, text_columns: tuple[str, ...]) -> pa.Table:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path} cannot be read as data: its name must end in {', '.join(SUFFIXES)}.")
+    reader = READERS[known_suffix(path)]
     try:
         table = reader(path, text_columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

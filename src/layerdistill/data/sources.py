@@ -90,19 +90,11 @@ def _files_at(place: Path, split: str) -> list[Path]:
 
 
 def training_files(config: DataConfig, base: Path | None) -> list[Path] | None:
-    """Return the files that `data.train` names, or None where it is on the hub.
-
-    Raises UserError for a file that is not there, and for one of a kind that is not read.
-    """
+    """Return the files that `data.train` names, or None where it is on the hub; raises UserError for a missing one."""
     if isinstance(config.train, list):
-        files = [_existing_file(name, "train", base) for name in config.train]
-    elif (place := locate(config.train, base)) is None:
-        return None
-    else:
-        files = _files_at(place, "train")
-    if other := [path for path in files if path.suffix.lower() not in SUFFIXES]:
-        raise UserError(f"{other[0]} cannot be read as data: its name must end in {', '.join(SUFFIXES)}.")
-    return files
+        return [_existing_file(name, "train", base) for name in config.train]
+    place = locate(config.train, base)
+    return None if place is None else _files_at(place, "train")
 
 
 def _brought_along(config: DataConfig, split: str, base: Path | None) -> Dataset | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from layerdistill.core.errors import UserError, did_you_mean
 from layerdistill.data.config import IN_MEMORY, INSTALLED_DOCS, DataConfig
 from layerdistill.data.pack import blocks, encode_stream
+from layerdistill.data.read_files import known_suffix
 from layerdistill.data.sources import hub_data, training_files
 
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,7 +72,7 @@ def streamed_rows(config: DataConfig, base: Path | None) -> IterableDataset:
     files = training_files(config, base)
     if files is None:
         return hub_data(str(config.train), "train", base, streaming=True)
-    kinds = {path.suffix.lower() for path in files}
+    kinds = {known_suffix(path) for path in files}
     if len(kinds) > 1:
         raise UserError(
             f"data.streaming is true and data.train names files of {len(kinds)} kinds ({', '.join(sorted(kinds))}), "
