@@ -13,6 +13,7 @@ from benchmarks.arms.trainer_subclass import AfterStep, arguments_of
 from benchmarks.setting import Setting, StepDone
 from benchmarks.works import Work, make_projections, make_student, make_teacher
 from layerdistill.core.types import Needs, Signal
+from layerdistill.models.fast_dtype import fast_dtype
 from layerdistill.signals.cache_folder import CacheFolder
 from layerdistill.signals.cached_teacher import CachedTeacher, Filler
 
@@ -98,13 +99,13 @@ class Live:
 
 
 class BestLive(Live):
-    """Teacher and hidden products in bfloat16; batches of similar length and the fused optimizer are defaults."""
+    """Teacher and hidden products in what is fast here; batches of similar length and the rest are defaults."""
 
-    hidden_dtype = "bfloat16"
+    hidden_dtype = "fast"
 
     def make_teacher(self) -> Any:
-        """Return the teacher in bfloat16, as `teacher.dtype: fast` has it on such a machine."""
-        return make_teacher(self.work).to(torch.bfloat16)
+        """Return the teacher as `teacher.dtype: fast` has it."""
+        return make_teacher(self.work).to(getattr(torch, fast_dtype()))
 
 
 class Cached(BestLive):
@@ -126,7 +127,8 @@ class FirstPass(BestLive):
 
     def make_source(self, setting: Setting, found: Any) -> Any:
         """Return a source that keeps what the live one says."""
-        folder = CacheFolder(setting.folder / "cache", {"teacher": "the work's"}, "bfloat16")
+        kept = "bfloat16" if fast_dtype() == "bfloat16" else "float16"
+        folder = CacheFolder(setting.folder / "cache", {"teacher": "the work's"}, kept)
         folder.prepare()
         return Keeping(CachedTeacher(found, folder, self.work.family == "gpt2"))
 

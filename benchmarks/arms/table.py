@@ -43,7 +43,7 @@ ARMS = (
     Arm("layerdistill", "layerdistill:Live", STUDIED, note="batches grouped by length, its default"),
     Arm(
         "layerdistill, best", "layerdistill:BestLive", STUDIED, tolerance=0.05,
-        note="teacher and the products of hidden terms in bfloat16, batches grouped by length",
+        note="teacher and the products of hidden terms in bfloat16 where that is fast, batches grouped by length",
     ),
     Arm(
         "layerdistill, first pass", "layerdistill:FirstPass", STUDIED, tolerance=0.05,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import TrainingArguments
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, read_json, write_json
@@ -20,14 +18,12 @@ from layerdistill.data import CALIBRATION
 from layerdistill.evaluate import evaluate_model
 from layerdistill.evaluate.config import LOWER_IS_BETTER
 from layerdistill.evaluate.evaluator import rows_at_once
-from layerdistill.train.config import LayerDistillationConfig, count_epochs
+from layerdistill.train.config import argument_of, count_epochs
 from layerdistill.train.stage import StageInput
 
 Chosen = TypeVar("Chosen")
 
 DECISIONS_FILE = "decisions.json"
-
-DEFAULTS = {item.name: item.default for item in fields(LayerDistillationConfig)}
 
 
 def known_decisions(path: Path) -> dict[str, Any]:
@@ -102,11 +98,7 @@ class LiveContext:
         return self._batches(data, self._argument("per_device_train_batch_size"))
 
     def _argument(self, name: str) -> Any:
-        """Return a training argument; TrainingArguments are not built for it, which would disturb a running trainer."""
-        training = self.given.training
-        if isinstance(training, TrainingArguments):
-            return getattr(training, name)
-        return training.get(name, DEFAULTS[name])
+        return argument_of(self.given.training, name)
 
     def _measure(self, model: nn.Module, split: str, metrics: Sequence[str]) -> dict[str, float | None]:
         device = PartialState().device

@@ -30,6 +30,7 @@ from layerdistill.signals.cache_rows import StoredDtype
 from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
 from layerdistill.signals.cached_teacher import CachedTeacher
 from layerdistill.signals.streamed_teacher import StreamedTeacher
+from layerdistill.train.config import argument_of
 from layerdistill.train.stage import StageInput, stage_arguments
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -74,7 +75,8 @@ class StageTeachers:
     """Gives each stage of a run its teacher; a cache is filled before the first step of the stage that needs it."""
 
     def __init__(self, model: nn.Module | None, config: CacheConfig | None, given: StageInput) -> None:
-        self.live = LiveTeacher(model) if model is not None else None
+        packs = argument_of(given.training, "padding_free")
+        self.live = LiveTeacher(model, padding_free=packs) if model is not None else None
         self.config = config
         self.given = given
         self.language_model = given.task == "causal-lm"

@@ -102,10 +102,10 @@ class HiddenTerm(nn.Module):
         prepared: dict[tuple[LayerRef, ...], Any] = {}
         for layer, targets in self.groups(progress):
             chosen, mask = rows[layer.stack]
-            with products_in(self.dtype, student.hidden[layer].device):
+            ours = self._of(student, layer, chosen)
+            with products_in(self.dtype, ours.device):
                 if targets not in prepared:
                     prepared[targets] = self._teacher_side(teacher, layer.stack, targets, chosen)
-                ours = take_rows(student.hidden[layer], chosen)
                 means[pair_name(layer, targets)] = self._distance(layer, ours, prepared[targets], mask)
         return means
 
@@ -130,16 +130,16 @@ class HiddenTerm(nn.Module):
         chosen = mask.reshape(-1).ne(0).nonzero().squeeze(1)
         return (None if chosen.shape[0] == mask.numel() else chosen), None
 
+    def _of(self, signal: Signal, layer: LayerRef, chosen: Tensor | None) -> Tensor:
+        """Return the rows `(tokens, hidden)` of a layer that are compared."""
+        if layer in signal.rows and not (self.padding or self.sees_padding):
+            return signal.rows[layer]
+        return take_rows(signal.hidden[layer], chosen)
+
     def _teacher_side(
         self, teacher: Signal, stack: StackName, targets: tuple[LayerRef, ...], chosen: Tensor | None
     ) -> Any:
-        with_padding = self.padding or self.sees_padding
-        theirs = [
-            take_rows(teacher.hidden[target], chosen)
-            if with_padding or target not in teacher.rows
-            else teacher.rows[target]
-            for target in targets
-        ]
+        theirs = [self._of(teacher, target, chosen) for target in targets]
         if self.teacher_filters:
             filters = self.teacher_filters[stack or "only"]
             with torch.no_grad():

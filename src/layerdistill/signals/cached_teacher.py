@@ -45,7 +45,7 @@ class CachedTeacher:
 
     A row is known by its content (`row_keys`), so any order, collator, padding, number of workers and processes will
     do. Of a language model the states after the final norm stand for its logits: its head makes them again. Values are
-    those of the batches that `fill` was given, rounded to the folder's dtype; with float32 and batches padded alike
+    those of the batches that `fill` was given, rounded to the folder's dtype; with float32 and batches laid out alike
     they are the live teacher's to the last bit.
     """
 
@@ -114,8 +114,10 @@ class CachedTeacher:
         """Return the rows `(n, width)` of every part of a signal, by example and name, on the processor."""
         found: dict[str, list[Tensor]] = {}
         cut: dict[int, list[Tensor]] = {}  # query, key and value are made of one tensor: it is cut and kept once
+        for layer, rows in signal.rows.items():
+            found[str(layer)] = list(rows.cpu().split(signal.masks[layer.stack].ne(0).sum(1).tolist()))
         for name, tensor, stack in [
-            *((str(layer), tensor, layer.stack) for layer, tensor in signal.hidden.items()),
+            *((str(layer), signal.hidden[layer], layer.stack) for layer in signal.hidden if layer not in signal.rows),
             *((tap_name(tap), tensor, self._stack(tap)) for tap, tensor in signal.taps.items()),
             *((name, tensor, "") for which, said in signal.top.items() for name, tensor in named_top(which, said)),
         ]:

@@ -122,12 +122,12 @@ class _StackHooks:
         for layer in [layer for layer in self.captured.tensors if layer.stack == self.stack.name]:
             del self.captured.tensors[layer]
         if wanted:
-            self.keep(0, _hidden_of([*args, kwargs.get("hidden_states"), *kwargs.values()]))
+            self.keep(0, hidden_of([*args, kwargs.get("hidden_states"), *kwargs.values()]))
 
     def after(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a block or the final norm: keep what it returned."""
         if not _in_backward():
-            self.keep(number, _hidden_of(output if isinstance(output, tuple | list) else [output]))
+            self.keep(number, hidden_of(output if isinstance(output, tuple | list) else [output]))
 
     def keep(self, number: int, tensor: Tensor) -> None:
         """Keep a copy of a layer, if the graph that it should have is there."""
@@ -144,7 +144,7 @@ class _StackHooks:
         self.captured.tensors[layer] = copy
 
 
-def _hidden_of(values: Iterable[Any]) -> Tensor:
+def hidden_of(values: Iterable[Any]) -> Tensor:
     """Return the first floating-point tensor."""
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():

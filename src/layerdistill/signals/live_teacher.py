@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerdistill.core.types import FINAL, Batch, Needs, Signal, TopK, TopTokens
 from layerdistill.matching import likeliest_tokens, mean_over_tokens
 from layerdistill.models import unwrap
+from layerdistill.signals.laid_out import LaidOut
 from layerdistill.signals.language_head import LanguageHead, language_head
 from layerdistill.signals.source import run_model
 
@@ -22,10 +23,14 @@ ROWS = 512
 
 
 class LiveTeacher:
-    """A teacher that is run on every batch: frozen, without a graph, in eval mode unless `dropout` is wanted."""
+    """A teacher that is run on every batch: frozen, without a graph, in eval mode unless `dropout` is wanted.
 
-    def __init__(self, model: nn.Module, dropout: bool = False) -> None:
+    With `padding_free` its blocks run on packed texts where that saves work, and what is said of padding is not read.
+    """
+
+    def __init__(self, model: nn.Module, dropout: bool = False, padding_free: bool = False) -> None:
         self.model = model.train(dropout).requires_grad_(False)
+        self.padding_free = padding_free
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         """Return the teacher's signal, in its own dtype; the head is run only if what it gives is asked for.
@@ -39,14 +44,18 @@ class LiveTeacher:
         logits = needs.teacher_logits or bool(needs.teacher_top and not by_head)
         layers = needs.teacher | needs.teacher_averages | ({FINAL} if by_head else set())
         with torch.no_grad():
-            found = run_model(self.model, batch, layers, logits=logits, taps=needs.teacher_taps)
+            packs = self.padding_free and not needs.teacher_padding
+            found = run_model(self.model, batch, layers, logits, needs.teacher_taps, packs)
             averages = {
                 layer: mean_over_tokens(found.hidden[layer], found.masks[layer.stack])
                 for layer in needs.teacher_averages
             }
             top = {which: self._top(found, which) for which in needs.teacher_top}
-        hidden = {layer: state for layer, state in found.hidden.items() if layer in needs.teacher}
         kept = found.logits if needs.teacher_logits else None
+        if isinstance(found.hidden, LaidOut):
+            laid_out = found.hidden.only(needs.teacher)
+            return replace(found, logits=kept, hidden=laid_out, averages=averages, top=top, rows=laid_out.rows)
+        hidden = {layer: state for layer, state in found.hidden.items() if layer in needs.teacher}
         return replace(found, logits=kept, hidden=hidden, averages=averages, top=top)
 
     @cached_property

@@ -15,6 +15,9 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.types import IGNORED_LABEL, Batch, LayerRef, Signal, StackName, Tap
 from layerdistill.models import find_stacks, unwrap
 from layerdistill.signals.hooks import Captured, capture
+from layerdistill.signals.laid_out import LaidOut
+from layerdistill.signals.packable import packing_of
+from layerdistill.signals.padding_free import packed_blocks
 from layerdistill.signals.stop import stopping_above
 from layerdistill.signals.taps import stack_of, tapped
 
@@ -22,14 +25,24 @@ _NOT_INPUTS = frozenset({"labels", "use_cache", "return_dict", "output_hidden_st
 
 
 def student_signal(
-    model: nn.Module, batch: Batch, layers: Iterable[LayerRef], taps: Iterable[Tap] = (), logits: bool = True
+    model: nn.Module,
+    batch: Batch,
+    layers: Iterable[LayerRef],
+    taps: Iterable[Tap] = (),
+    logits: bool = True,
+    padding_free: bool = False,
 ) -> Signal:
     """Return the student's logits (unless they are not wanted), `layers` and `taps` with their graph."""
-    return run_model(model, batch, layers, logits=logits, taps=taps)
+    return run_model(model, batch, layers, logits=logits, taps=taps, padding_free=padding_free)
 
 
 def run_model(
-    model: nn.Module, batch: Batch, layers: Iterable[LayerRef], logits: bool, taps: Iterable[Tap] = ()
+    model: nn.Module,
+    batch: Batch,
+    layers: Iterable[LayerRef],
+    logits: bool,
+    taps: Iterable[Tap] = (),
+    padding_free: bool = False,
 ) -> Signal:
     """Run `model` once on `batch` and return its signal; labels are not passed, so it computes no loss of its own.
 
@@ -37,7 +50,8 @@ def run_model(
     when no layer and no tap is wanted either. `masks`
     holds `attention_mask` (ones if there is none); in an encoder-decoder `masks["decoder"]` is
     `decoder_attention_mask`, else where `labels` of decoder positions are not -100, else the encoder's (a classifier
-    decodes its own input).
+    decodes its own input). With `padding_free` the blocks run on packed texts where that saves work and the
+    architecture allows it; what is said of padding then means nothing.
     """
     layers, taps = tuple(layers), tuple(taps)
     inner = unwrap(model)
@@ -48,14 +62,26 @@ def run_model(
     # A base model is not called through the wrapper, and only its class knows what a decoder gets for labels.
     whole = logits or model is not inner or (inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs)
     called = model if whole else inner.base_model
+    accepted = _accepted(inner if whole else inner.base_model, inputs)
+    packing = packing_of(inner, called, accepted, masks, batch.get("labels"), taps) if padding_free else None
     output = None
     no_further = not (logits or taps or torch.is_grad_enabled())
     stop = stopping_above(inner, layers) if no_further else nullcontext()
-    with capture(model, layers) as hidden, tapped(inner, taps) as places, stop:
-        output = called(**_accepted(inner if whole else inner.base_model, inputs))
-    found = {layer: restore_padding(tensor, masks[layer.stack]) for layer, tensor in _all(hidden, layers)}
-    tensors = {tap: restore_padding(tensor, masks[stack_of(inner, tap)]) for tap, tensor in places.items()}
-    return Signal(_logits(inner, output) if logits else None, found, masks, tensors)
+    with (
+        packed_blocks(find_stacks(inner).get(""), packing),
+        capture(model, layers) as hidden,
+        tapped(inner, taps) as places,
+        stop,
+    ):
+        output = called(**accepted)
+    said = _logits(inner, output) if logits else None
+    if packing is None:
+        found = {layer: restore_padding(tensor, masks[layer.stack]) for layer, tensor in _all(hidden, layers)}
+        tensors = {tap: restore_padding(tensor, masks[stack_of(inner, tap)]) for tap, tensor in places.items()}
+        return Signal(said, found, masks, tensors)
+    rows = {layer: packing.tokens(tensor) for layer, tensor in _all(hidden, layers)}
+    laid_out = LaidOut(rows, masks, {layer: tensor for layer, tensor in hidden.items() if packing.is_laid_out(tensor)})
+    return Signal(said, laid_out, masks, {tap: packing.unpack(tensor) for tap, tensor in places.items()}, rows=rows)
 
 
 def batch_masks(model: nn.Module, batch: Batch) -> dict[StackName, Tensor]:

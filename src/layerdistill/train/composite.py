@@ -20,12 +20,22 @@ class Composite(nn.Module):
     not write training-time settings such as `use_cache` into the student's own configuration.
     """
 
-    def __init__(self, student: nn.Module | None, terms: nn.ModuleList, fused: FusedPredictions | None = None) -> None:
-        """`fused` computes the terms on predictions without logits of all tokens, at the steps when that can be."""
+    def __init__(
+        self,
+        student: nn.Module | None,
+        terms: nn.ModuleList,
+        fused: FusedPredictions | None = None,
+        padding_free: bool = False,
+    ) -> None:
+        """`fused` computes the terms on predictions without logits of all tokens, at the steps when that can be.
+
+        `padding_free` runs the student's blocks on packed texts where that saves work.
+        """
         super().__init__()
         self.student: Any = student
         self.terms = terms
         self.fused = fused
+        self.padding_free = padding_free
 
     def needs(self, progress: Progress) -> Needs:
         """Return what will be read at this point of training: states in place of logits where losses are fused."""
@@ -37,7 +47,8 @@ class Composite(nn.Module):
         signal, parts = Signal(None, {}, {}), self._parts(progress)
         if self.student is not None:
             needs = self.needs(progress)
-            signal = student_signal(self.student, batch, needs.student, needs.student_taps, logits=parts is None)
+            packs = self.padding_free and not needs.teacher_padding
+            signal = student_signal(self.student, batch, needs.student, needs.student_taps, parts is None, packs)
         predictions: dict[str, Mean] = {}
         if self.fused is not None and parts:
             weights = {name: term_of(self.terms, name).coefficient(name, progress) for name in parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -27,6 +27,12 @@ class LayerDistillationConfig(TrainingArguments):
     term_gradient_steps: int = field(
         default=TERM_GRADIENT_STEPS,
         metadata={"help": "Steps between two measurements of each term's gradient norm; 0 turns them off."},
+    )
+    padding_free: bool = field(
+        default=True,
+        metadata={
+            "help": "Run blocks on packed texts, without padding, where that saves work and the models allow it."
+        },
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the newest is always kept."})
@@ -60,7 +66,14 @@ def field_names() -> list[str]:
 
 
 NOT_LEARNING = frozenset(
-    {"term_gradient_steps", "logging_steps", "save_total_limit", "dataloader_pin_memory", "logging_nan_inf_filter"}
+    {
+        "term_gradient_steps",
+        "padding_free",
+        "logging_steps",
+        "save_total_limit",
+        "dataloader_pin_memory",
+        "logging_nan_inf_filter",
+    }
 )
 """Defaults of ours that change nothing about what is learned."""
 
@@ -87,6 +100,19 @@ def build_arguments(training: dict[str, Any], output_dir: str, seed: int) -> Lay
     if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
         arguments.save_total_limit = 2  # transformers would delete the newest checkpoint when it is not the best
     return arguments
+
+
+DEFAULTS = {item.name: item.default for item in fields(LayerDistillationConfig)}
+
+
+def argument_of(training: Mapping[str, Any] | TrainingArguments, name: str) -> Any:
+    """Return a training argument of a recipe's section or of what Python code gave, else its default.
+
+    TrainingArguments are not built for it, which would disturb a running trainer; transformers' own lack our fields.
+    """
+    if isinstance(training, TrainingArguments):
+        return getattr(training, name, DEFAULTS[name])
+    return training.get(name, DEFAULTS[name])
 
 
 def count_epochs(examples: int, argument: Callable[[str], Any]) -> int:

@@ -31,7 +31,7 @@ from layerdistill.signals.streamed_teacher import StreamedTeacher
 from layerdistill.train.arguments import explained_arguments
 from layerdistill.train.compiled_blocks import compiled_blocks, no_compiler
 from layerdistill.train.composite import Composite, term_of
-from layerdistill.train.config import TERM_GRADIENT_STEPS, count_epochs
+from layerdistill.train.config import argument_of, count_epochs
 from layerdistill.train.fused_predictions import fused_predictions
 from layerdistill.train.sampler import EpochSampler
 from layerdistill.train.stream import endless
@@ -75,9 +75,11 @@ class StageTrainer(Trainer):
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
         self.accelerator.state.dynamo_plugin = no_compiler()
-        gradient_steps = getattr(args, "term_gradient_steps", TERM_GRADIENT_STEPS)
+        gradient_steps = argument_of(args, "term_gradient_steps")
         # FSDP and DeepSpeed put weights together only while their own module runs.
-        if fuse and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.composite.padding_free = not sharded and argument_of(args, "padding_free")
+        if fuse and not sharded:
             self.composite.fused = fused_predictions(stage.student, self.teacher_source, task)
         self.term_log = TermLog(stage.terms, gradient_steps)
         self.label_names = ["labels"]
