@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Live:
 
     hidden_dtype: str | None = None
     """The recipe's `method.hidden_dtype`."""
+    training: Mapping[str, Any] = {}
+    """Fields of the recipe's training section."""
 
     def __init__(self, setting: Setting) -> None:
         self.work = setting.work
@@ -46,7 +49,7 @@ class Live:
             model=self.student,
             teacher_model=self.make_teacher().to(setting.device),
             method=method_of(self.work, self.hidden_dtype),
-            args=ld.LayerDistillationConfig(**arguments_of(setting)),
+            args=ld.LayerDistillationConfig(**arguments_of(setting), **self.training),
             train_dataset=Dataset.from_list(setting.examples),
             data_collator=setting.collate,
             cache=self.make_cache(setting),
@@ -120,6 +123,12 @@ class CachedFloat32(Cached):
     """The same with the products of hidden terms in float32."""
 
     hidden_dtype = None
+
+
+class CachedMixed(Cached):
+    """The same with texts of all lengths in a batch, as the reference has them."""
+
+    training: Mapping[str, Any] = {"train_sampling_strategy": "random"}
 
 
 class FirstPass(BestLive):

@@ -57,6 +57,10 @@ ARMS = (
         "layerdistill, cached, float32", "layerdistill:CachedFloat32", WITH_HIDDEN, tolerance=0.05,
         note="the same, the products of hidden terms in float32",
     ),
+    Arm(
+        "layerdistill, cached, mixed lengths", "layerdistill:CachedMixed", WITH_HIDDEN, tolerance=0.05,
+        note="the same teacher; batches as the naive loop's, packed",
+    ),
     Arm("Trainer subclass", "trainer_subclass:TrainerSubclass", STUDIED),
     Arm(
         "TextBrewer", "textbrewer:TextBrewer", package="textbrewer",
