@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import Batch, LayerRef, StackName
-from layerdistill.diagnose.states import LeftOut, evaluating, layers_of
+from layerdistill.diagnose.states import LeftOut, layers_of
+from layerdistill.models import evaluating
 from layerdistill.signals import run_model
 
 Features = NDArray[np.float32]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from layerdistill.core.types import Batch, LayerRef, StackName
 from layerdistill.diagnose.alignment import rotated
-from layerdistill.diagnose.states import evaluating, layer_states, refuse_more_than_free, refuse_wider_student
+from layerdistill.diagnose.states import layer_states, refuse_more_than_free, refuse_wider_student
 from layerdistill.matching import masked_mse
 from layerdistill.matching.rows import real_rows
-from layerdistill.models import unwrap
+from layerdistill.models import evaluating, unwrap
 from layerdistill.signals import run_model
 
 CHUNK = 1 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from layerdistill.core.errors import LayerDistillError, UserError
 from layerdistill.core.types import Batch, LayerRef, StackName
-from layerdistill.models import Stack, find_stacks, widths
+from layerdistill.models import Stack, evaluating, find_stacks, widths
 from layerdistill.signals import run_model
 
 
@@ -28,18 +27,6 @@ class PairedStates:
     teacher: list[Tensor]
     student: list[Tensor]
     mask: Tensor
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode (no dropout), and every module back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def shared_stacks(teacher: nn.Module, student: nn.Module) -> list[StackName]:

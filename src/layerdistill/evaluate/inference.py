@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from layerdistill.models import evaluating
+
 NOT_INPUTS = frozenset({"labels", "example_id"})
 """Columns of a batch that say what is true or which example it is; a model that sees them could use them."""
 
@@ -18,21 +20,16 @@ NOT_INPUTS = frozenset({"labels", "example_id"})
 def inference(model: nn.Module, device: torch.device | str | None = None) -> Iterator[torch.device]:
     """Put `model` in eval mode without gradients, on `device` if one is given, and put everything back afterwards.
 
-    Each submodule gets back its own mode, because a frozen part of a training model may be in eval mode. `no_grad`
-    rather than `inference_mode`: a buffer that a model caches during the block stays usable in training.
+    `no_grad` rather than `inference_mode`: a buffer that a model caches during the block stays usable in training.
     """
-    modes = [(module, module.training) for module in model.modules()]
     home = device_of(model)
     target = home if device is None else torch.device(device)
     try:
         if target != home:
             model.to(target)
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield target
     finally:
-        for module, training in modes:
-            module.training = training
         if target != home:
             model.to(home)
 

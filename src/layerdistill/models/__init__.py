@@ -2,6 +2,7 @@
 
 from layerdistill.models.config import StudentConfig, TeacherConfig
 from layerdistill.models.count import count_parameters
+from layerdistill.models.eval_mode import evaluating
 from layerdistill.models.fields import depths_from_config, widths_from_config
 from layerdistill.models.load import LoadedModel, load_config, load_model, load_student
 from layerdistill.models.locate import resolve_model_source
@@ -24,6 +25,7 @@ __all__ = [
     "depths",
     "depths_from_config",
     "empty_model",
+    "evaluating",
     "fewest_positions",
     "find_embeddings",
     "find_head",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from layerdistill.core.errors import UserError
+from layerdistill.models.eval_mode import evaluating
 from layerdistill.models.structure import unwrap
 
 TOKENS = 8
@@ -64,15 +65,10 @@ def _random_ids(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def _states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     base = unwrap(model).base_model
-    modes = {module: module.training for module in model.modules()}
     place = next(base.parameters()).device
-    model.eval()
-    try:
-        mask = torch.ones_like(ids) if mask is None else mask
+    mask = torch.ones_like(ids) if mask is None else mask
+    with evaluating(model):
         return base(input_ids=ids.to(place), attention_mask=mask.to(place))[0].float()
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _share(difference: Tensor, whole: Tensor) -> float:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.seeds import seeded
+from layerdistill.models.eval_mode import evaluating
 from layerdistill.models.structure import unwrap
 
 PROBED = 8
@@ -131,8 +132,5 @@ def _check(whole: PreTrainedModel, trimmed: PreTrainedModel, index: Tensor) -> N
 
 def _said(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return a model's logits, or the last hidden states of one without a head, in eval mode."""
-    training = model.training
-    try:
-        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-    finally:
-        model.train(training)
+    with evaluating(model):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]

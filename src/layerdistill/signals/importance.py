@@ -23,7 +23,7 @@ from layerdistill.matching import (
 )
 from layerdistill.matching.importance import angular_distance, block_influence
 from layerdistill.matching.task_loss import task_loss
-from layerdistill.models import Stack, find_stacks
+from layerdistill.models import Stack, evaluating, find_stacks
 from layerdistill.signals.skip import skipped
 from layerdistill.signals.source import run_model
 
@@ -151,14 +151,8 @@ def quiet(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
     place = next(value.device for value in batches[0].values() if isinstance(value, Tensor))
     if next(model.parameters()).device != place:
         model.to(place)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

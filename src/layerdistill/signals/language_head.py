@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import LayerRef, Signal
 from layerdistill.matching.vocabulary_head import VocabularyHead
-from layerdistill.models import find_head, find_stacks, unwrap
+from layerdistill.models import evaluating, find_head, find_stacks, unwrap
 from layerdistill.signals.source import run_model
 
 PROBE_LENGTH = 4
@@ -151,8 +151,5 @@ def probe(model: PreTrainedModel, layer: LayerRef) -> Signal:
     """Return what a model, in eval mode, says about a text of PROBE_LENGTH tokens; it is left in the mode it was in."""
     known = [token for token in range(PROBE_LENGTH + 1) if token != model.config.pad_token_id]
     ids = torch.tensor([known[:PROBE_LENGTH]], device=model.device)
-    training = model.training
-    try:
-        return run_model(model.eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [layer], logits=True)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        return run_model(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [layer], logits=True)
