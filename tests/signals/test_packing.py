@@ -128,6 +128,8 @@ def test_wider_rows_are_taken_where_they_leave_less_over_and_not_for_nothing() -
     assert cheapest_width([64] * 10, 128) == 64
     assert cheapest_width([40] * 30, 128) % 40 == 0
     assert cheapest_width([ATTENTION], 2 * ATTENTION) == ATTENTION
+    assert cheapest_width([60, 33, 33], 60, most=64) == 64
+    assert cheapest_width([64, 2], 64, most=64) is None
 
 
 def test_padding_that_is_none_is_left_where_it_is() -> None:
@@ -137,6 +139,10 @@ def test_padding_that_is_none_is_left_where_it_is() -> None:
     assert worthwhile_packing(mask.clone(), labels) is not None
     labels[1, 9] = 3
     assert worthwhile_packing(mask.clone(), labels) is None
+    foretold = mask_of([16, 2, 3, 4, 2, 5], 16, left=True)
+    assert worthwhile_packing(foretold.clone()) is not None
+    first = torch.where(foretold.bool(), 3, -100)
+    assert worthwhile_packing(foretold.clone(), first) is None, "padding on the left foretells the first token"
     holed = mask.clone()
     holed[0, 5] = 0
     assert worthwhile_packing(holed) is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layerdistill.core.types import LayerRef, Needs, Tap
 from layerdistill.models import find_stacks
 from layerdistill.signals import LiveTeacher, packable, run_model
-from layerdistill.signals.packable import packing_problem
+from layerdistill.signals.packable import packing_problem, texts_to_try
 from layerdistill.signals.packing import pack_texts
 from layerdistill.signals.padding_free import packed_blocks
 
@@ -42,6 +42,13 @@ def padded_batch(left: bool = False, seq: int = 24) -> dict[str, Tensor]:
         ids[row, there] = torch.randint(3, 64, (length,), generator=draw)
         mask[row, there] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def problem_of(model: Any, batch: dict[str, Tensor]) -> str | None:
+    """What a try on a batch finds."""
+    chosen = texts_to_try(batch["attention_mask"], None)
+    assert chosen is not None
+    return packing_problem(model, True, batch, batch["attention_mask"], chosen)
 
 
 def near(expected: Tensor) -> dict[str, float]:
@@ -154,8 +161,7 @@ def test_a_block_that_lets_texts_see_each_other_is_found_out() -> None:
     model: Any = tiny_model("bert", "sequence-classification")
     model.bert.encoder.layer = nn.ModuleList(Leaky(block) for block in model.bert.encoder.layer)
     batch = padded_batch()
-    stack = find_stacks(model)[""]
-    problem = packing_problem(model, stack, model, batch, batch["attention_mask"])
+    problem = problem_of(model, batch)
     assert problem is not None
     assert problem.startswith("hidden states change by")
     assert not run_model(model, batch, LAYERS, logits=True, padding_free=True).rows
@@ -165,9 +171,21 @@ def test_a_head_that_reads_padding_is_found_out(monkeypatch: pytest.MonkeyPatch)
     model: Any = tiny_model("bert", "sequence-classification")
     monkeypatch.setattr(model.bert.pooler, "forward", lambda hidden: hidden.mean(1))
     batch = padded_batch()
-    problem = packing_problem(model, find_stacks(model)[""], model, batch, batch["attention_mask"])
+    problem = problem_of(model, batch)
     assert problem is not None
     assert problem.startswith("logits change by")
+
+
+def test_a_try_on_as_many_tokens_as_the_batch_is_wide() -> None:
+    model: Any = tiny_model("t5", "token-classification")
+    mask = torch.zeros(4, 32, dtype=torch.long)
+    for row, length in enumerate((2, 20, 4, 6)):
+        mask[row, :length] = 1
+    chosen = texts_to_try(mask, None)
+    assert chosen is not None
+    assert mask[chosen].sum() == mask.shape[1]
+    batch = {"input_ids": mask * 7, "attention_mask": mask}
+    assert problem_of(model, batch) is None
 
 
 def test_trying_a_model_leaves_it_and_the_random_numbers_as_they_were() -> None:
@@ -176,7 +194,7 @@ def test_trying_a_model_leaves_it_and_the_random_numbers_as_they_were() -> None:
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     batch, state = padded_batch(), torch.get_rng_state()
-    assert packing_problem(model, find_stacks(model)[""], model, batch, batch["attention_mask"]) is None
+    assert problem_of(model, batch) is None
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
@@ -242,3 +260,64 @@ def test_a_teacher_is_packed_unless_its_padding_is_read() -> None:
     for layer in needs.teacher_averages:
         torch.testing.assert_close(packed.averages[layer], plain.averages[layer])
     torch.testing.assert_close(packed.logits, plain.logits)
+
+
+def test_rows_are_no_longer_than_a_model_allows() -> None:
+    config = hf.GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=64, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], window_size=4, **COMMON,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.GPTNeoForCausalLM(config).eval()
+    assert_same(model, padded_batch(), [LayerRef("", 1), LayerRef("", 2)])
+    lengths = [60, *[33] * 12]
+    mask = (torch.arange(60) < torch.tensor(lengths).unsqueeze(1)).long()
+    run_model(model, {"input_ids": mask * 5, "attention_mask": mask}, [], logits=True, padding_free=True)
+
+
+def test_a_batch_as_wide_as_there_are_heads() -> None:
+    model: Any = tiny_model("t5", "token-classification", num_heads=8).double()
+    mask = (torch.arange(8) < torch.tensor([[8], [2], [2], [2], [2], [2]])).long()
+    batch = {"input_ids": mask * 5, "attention_mask": mask}
+    assert_same(model, batch, [LayerRef("", 1), LayerRef("", 2)])
+
+
+def test_texts_that_see_each_other_do_not_hide_in_the_rounding_of_16_bits() -> None:
+    torch.manual_seed(0)
+    config = hf.ConvBertConfig(**SHAPE, embedding_size=32, conv_kernel_size=3)
+    model = hf.ConvBertForSequenceClassification(config).eval().to(torch.bfloat16)
+    assert not run_model(model, padded_batch(), [], logits=True, padding_free=True).rows
+    (problem,) = packable._PROBLEMS[model].values()
+    assert "change by" in str(problem)
+    llama: Any = tiny_model("llama", "causal-lm").to(torch.bfloat16)
+    assert run_model(llama, padded_batch(), [LayerRef("", 1)], logits=True, padding_free=True).rows
+    assert next(llama.parameters()).dtype == torch.bfloat16
+
+
+def test_memory_that_does_not_suffice_says_nothing_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("bert", "sequence-classification")
+
+    def refused(*given: Any) -> str | None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packable, "packing_problem", refused)
+        assert not run_model(model, padded_batch(), LAYERS, logits=True, padding_free=True).rows
+    assert run_model(model, padded_batch(), LAYERS, logits=True, padding_free=True).rows
+
+
+def test_too_few_tokens_are_no_try() -> None:
+    model: Any = tiny_model("bert", "sequence-classification")
+    mask = (torch.arange(8) < torch.tensor([[4], [1], [2]])).long()
+    few = {"input_ids": mask * 5, "attention_mask": mask}
+    assert not run_model(model, few, LAYERS, logits=True, padding_free=True).rows
+    assert run_model(model, padded_batch(), LAYERS, logits=True, padding_free=True).rows
+    assert run_model(model, few, LAYERS, logits=True, padding_free=True).rows
+
+
+def test_taps_of_one_tensor_stay_one_tensor() -> None:
+    model: Any = tiny_model("bert", "sequence-classification")
+    taps = [Tap(f"bert.encoder.layer.1.attention.self.{name}", "input") for name in ("query", "key", "value")]
+    found = run_model(model, padded_batch(), [LayerRef("", 1)], logits=True, taps=taps, padding_free=True)
+    assert found.rows
+    assert len({id(tensor) for tensor in found.taps.values()}) == 1

@@ -136,7 +136,8 @@ class Needs:
     `teacher_averages` are layers of which a term reads no more than each example's mean over its real tokens,
     `teacher_top` which likeliest tokens it reads in place of a language model's logits. A term
     that reads the student's logits says so, because where none does those of a language model are not made; and one
-    that reads what the teacher says of padding (`teacher_padding`), because a cache does not hold it.
+    that reads what either model says of padding (`teacher_padding`), because a cache does not hold it, and blocks that
+    run without padding (`training.padding_free`) say nothing of it.
     """
 
     student: frozenset[LayerRef] = frozenset()

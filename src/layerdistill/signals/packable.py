@@ -1,7 +1,8 @@
-"""Whether a model says the same of texts that are packed into rows: tried once, on texts of its first such batch."""
+"""Whether a model says the same of texts that are packed into rows: tried on texts of its first such batch."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from layerdistill.core.errors import UserError
 from layerdistill.core.types import LayerRef, StackName, Tap
-from layerdistill.models import Stack, find_stacks
+from layerdistill.models import Stack, evaluating, find_stacks, positions
 from layerdistill.signals.hooks import capture
 from layerdistill.signals.packing import Packing, pack_texts, worthwhile_packing
 from layerdistill.signals.padding_free import packed_blocks
@@ -21,25 +22,31 @@ from layerdistill.signals.taps import tapped
 
 logger = logging.getLogger(__name__)
 
-TEXTS = 4
-"""Texts that a model is tried on."""
+TEXTS = 8
+"""Most texts that a model is tried on."""
+
+FEWEST_TOKENS = 16
+"""Tokens, of two texts or more, below which a try says too little."""
+
+LOGITS = 64
+"""Most tokens whose logits are compared."""
 
 AGREES = 1e-4
-"""Difference, as a share over all numbers together, that is rounding: 1e-6 was seen in a MiniLM of six blocks."""
+"""Difference, as a share of a token's states, that is rounding in float32: 1e-6 was seen in a MiniLM of six blocks."""
 
-COARSELY_AGREES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The same for 16 bits, where 1e-2 and 1e-3 were seen. Texts that see each other change by far more."""
+LARGEST_COPY = 2**33
+"""Bytes of the float32 copy on which a model of 16 bits is tried: its own rounding would hide texts that leak."""
 
 DROPS_BLOCKS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Fields of configurations with the probability that a block is left out in training."""
 
 _PROBLEMS: WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = WeakKeyDictionary()
-"""Model -> what was asked of it: of which class, through which blocks, where -> what `packing_problem` found."""
+"""Model -> what was asked of it: the whole or its base, through which blocks, where -> what `packing_problem` found."""
 
 
 def packing_of(
     model: PreTrainedModel,
-    called: nn.Module,
+    whole: bool,
     inputs: Mapping[str, Any],
     masks: Mapping[StackName, Tensor],
     labels: Tensor | None,
@@ -47,30 +54,37 @@ def packing_of(
 ) -> Packing | None:
     """Return how the blocks of `model` are to run on a batch without its padding, None where they run on it as it is.
 
-    `called`, the model or its base, is to be called with `inputs` and read at `taps`. None is the answer for a batch
-    with little padding, a model with an encoder and a decoder, an architecture that does not allow it, blocks that
-    count positions themselves (compact ones with a table of their own), and those that training may leave out or run
-    again (LayerDrop, activation checkpointing).
+    The model, or where not `whole` its base, is to be called with `inputs` and read at `taps`. None is the answer for a
+    batch with little padding, a model with an encoder and a decoder, an architecture that does not allow it, and blocks
+    that training may leave out or run again (LayerDrop, activation checkpointing).
     """
     stack, mask = find_stacks(model).get(""), masks.get("")
-    if stack is None or mask is None or mask.dim() != 2:
+    if stack is None or mask is None or mask.dim() != 2 or not calls_all_blocks_once(model, stack):
         return None
-    packing = worthwhile_packing(mask, labels)
-    if packing is None or not calls_all_blocks_once(model) or any(map(counts_positions, stack.blocks)):
+    packing = worthwhile_packing(mask, labels, positions(model.config))
+    if packing is None:
         return None
     known, taps = _PROBLEMS.setdefault(model, {}), frozenset(taps)
     # Blocks are replaced while some methods train.
-    asked = (type(called), taps, tuple(ref(block) for block in stack.blocks))
+    asked = (whole, taps, tuple(ref(block) for block in stack.blocks))
     if asked not in known:
-        known[asked] = packing_problem(model, stack, called, inputs, mask, taps)
+        chosen = texts_to_try(mask, positions(model.config))
+        if chosen is None:
+            return None
+        try:
+            known[asked] = packing_problem(model, whole, inputs, mask, chosen, taps)
+        except torch.OutOfMemoryError:
+            return None  # which says nothing of the model: another batch may be tried
         if known[asked] is not None:
             logger.info("%s runs on padding: %s.", type(model).__name__, known[asked])
     return packing if known[asked] is None else None
 
 
-def calls_all_blocks_once(model: PreTrainedModel) -> bool:
+def calls_all_blocks_once(model: PreTrainedModel, stack: Stack) -> bool:
     """Return whether a training step runs every block, and the backward pass none of them again, without our hooks."""
-    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    parts = stack.block_path.split(".")
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in (*around, *stack.blocks))
     drops = model.training and any(getattr(model.config, name, None) for name in DROPS_BLOCKS)
     return not drops and not (checkpoints and torch.is_grad_enabled())
 
@@ -83,63 +97,79 @@ def counts_positions(block: nn.Module) -> bool:
 @torch.no_grad()
 def packing_problem(
     model: PreTrainedModel,
-    stack: Stack,
-    called: nn.Module,
+    whole: bool,
     inputs: Mapping[str, Any],
     mask: Tensor,
+    chosen: Tensor,
     taps: Iterable[Tap] = (),
 ) -> str | None:
-    """Return a sentence when `called` (the model or its base) says something else of packed texts, else None.
+    """Return a sentence when `model` (its base where not `whole`) says something else of packed texts, else None.
 
-    It is run twice on four texts of a batch, in eval mode and without autocast, and left as it was; hidden states of
-    real tokens, what flows through `taps` and, where there are any, logits are compared.
+    It is run twice on the texts `chosen` of a batch, in eval mode and without autocast, and left as it was; one of 16
+    bits is copied in float32 for that. Compared are the last hidden states, what flows through `taps`, and logits.
     """
-    chosen = texts_to_try(mask)
+    if any(map(counts_positions, find_stacks(model)[""].blocks)):
+        return "compact blocks have positions of their own"
+    weights = list(model.parameters())
+    narrow = any(weight.dtype.itemsize < 4 for weight in weights)
+    if narrow and 4 * sum(weight.numel() for weight in weights) > LARGEST_COPY:
+        return "it is too large to be tried in float32"
     some = {
-        name: value[chosen] if isinstance(value, Tensor) and len(value) == len(mask) else value
+        name: value[chosen] if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1] else value
         for name, value in inputs.items()
     }
-    packing = pack_texts(mask[chosen], int(mask[chosen].ne(0).sum()))
-    modes = {module: module.training for module in called.modules()}
-    called.eval()
+    tokens = int(mask[chosen].ne(0).sum())
+    packing = pack_texts(mask[chosen], tokens + (tokens == mask.shape[1]))  # one row, but not as wide as the batch
     try:
-        with torch.autocast(mask.device.type, enabled=False):
-            padded, packed = (_said(model, stack, called, some, packing, used, taps) for used in (None, packing))
+        tried = copy.deepcopy(model).float() if narrow else model
+        with evaluating(tried), torch.autocast(mask.device.type, enabled=False):
+            padded, packed = (_said(tried, whole, some, packing, used, taps) for used in (None, packing))
+        for what, alone in padded.items():
+            sizes = alone.norm(dim=-1)
+            difference = ((alone - packed[what]).norm(dim=-1) / sizes.clamp(min=float(sizes.max()) / 100)).max()
+            if not float(difference) <= AGREES:
+                return f"{what} change by {float(difference):.2g} in packed rows"
+    except torch.OutOfMemoryError:
+        raise
     except (UserError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return f"its blocks do not run on packed rows ({type(error).__name__}: {error})"
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    for (what, alone), together in zip(padded.items(), packed.values(), strict=True):
-        difference = float((alone.double() - together.double()).norm() / alone.double().norm().clamp(min=1e-30))
-        if not difference <= COARSELY_AGREES.get(alone.dtype, AGREES):
-            return f"{what} change by {difference:.2g} in packed rows"
     return None
 
 
-def texts_to_try(mask: Tensor) -> Tensor:
-    """Return the numbers of up to four texts of a batch, from the shortest to the longest."""
-    order = mask.ne(0).sum(1).argsort(stable=True)
-    steps = torch.linspace(0, len(order) - 1, min(TEXTS, len(order))).round().long()
-    return order[steps.to(order.device)]
+def texts_to_try(mask: Tensor, most: int | None) -> Tensor | None:
+    """Return the numbers of some texts of a batch, long ones first, that fit into a row as wide as two of the longest.
+
+    None where there are no two of them, or too few tokens for a verdict; a row has at most `most` positions.
+    """
+    lengths = mask.ne(0).sum(1).tolist()
+    room = min(2 * max(lengths), (most or 2 * max(lengths) + 1) - 1)
+    chosen: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if len(chosen) < TEXTS and lengths[number] <= room:
+            chosen.append(number)
+            room -= lengths[number]
+    if len(chosen) < 2 or sum(lengths[number] for number in chosen) < FEWEST_TOKENS:
+        return None
+    return torch.tensor(chosen, device=mask.device)
 
 
 def _said(
     model: PreTrainedModel,
-    stack: Stack,
-    called: nn.Module,
+    whole: bool,
     inputs: Mapping[str, Any],
     packing: Packing,
     used: Packing | None,
     taps: Iterable[Tap],
 ) -> dict[str, Tensor]:
-    """Return the last layer and `taps` at real tokens, and the logits of real tokens or of texts if there are any."""
+    """Return the last layer and `taps` at real tokens, and logits, if any, of texts or of some of these tokens."""
+    stack = find_stacks(model)[""]
     last = LayerRef("", stack.depth)
     with packed_blocks(stack, used), capture(model, [last]) as hidden, tapped(model, taps) as places:
-        output = called(**inputs)
-    logits = getattr(output, "logits", None)
+        output = model(**inputs) if whole else model.base_model(**inputs)
     found = {"hidden states": hidden[last], **{f"{tap.side} of {tap.module}": places[tap] for tap in places}}
+    found = {name: packing.tokens(tensor) for name, tensor in found.items()}
+    logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
-        found["logits"] = logits
-    per_text = {"logits"} if isinstance(logits, Tensor) and not packing.is_laid_out(logits) else set()
-    return {name: tensor if name in per_text else packing.tokens(tensor) for name, tensor in found.items()}
+        per_token = packing.is_laid_out(logits)
+        found["logits"] = logits.flatten(0, 1).index_select(0, packing.real[-LOGITS:]) if per_token else logits
+    return found

@@ -106,22 +106,33 @@ class Packing:
 
 
 _FOUND = WeakTensorKeyDictionary()
-"""Mask -> its packing: teacher and student of one batch share it, and the host waits once for the mask."""
+"""Mask -> most positions of a row -> its packing: teacher and student of one batch share it."""
 
 
-def worthwhile_packing(mask: Tensor, labels: Tensor | None = None) -> Packing | None:
+def worthwhile_packing(mask: Tensor, labels: Tensor | None = None, most: int | None = None) -> Packing | None:
     """Return how to pack a batch with the mask `(batch, seq)`, None where padding is too little to matter.
 
-    None too where padding lies inside a text, or has labels `(batch, seq)` to be learned: it is no padding then.
+    None too where padding lies inside a text, or what is said of it is learned by `labels` `(batch, seq)`: it is no
+    padding then. Rows have at most `most` positions.
     """
     if mask not in _FOUND:
+        _FOUND[mask] = {}
+    if most not in _FOUND[mask]:
         there = mask.cpu().ne(0)
         lengths, seq = there.sum(1).tolist(), there.shape[1]
-        width = cheapest_width(lengths, seq)
-        worth = _work(lengths, width) < WORTH * _positions_work(there.numel(), seq)
-        labelled = labels is not None and labels.shape == mask.shape and bool((labels.cpu()[~there] >= 0).any())
-        _FOUND[mask] = pack_texts(mask, width) if worth and not labelled and in_one_piece(there) else None
-    return _FOUND[mask]
+        width = cheapest_width(lengths, seq, most) if sum(lengths) < WORTH * there.numel() else None
+        worth = width is not None and _work(lengths, width) < WORTH * _positions_work(there.numel(), seq)
+        packs = worth and in_one_piece(there) and not learns_padding(there, labels)
+        _FOUND[mask][most] = pack_texts(there, width, mask.device) if packs and width is not None else None
+    return _FOUND[mask][most]
+
+
+def learns_padding(there: Tensor, labels: Tensor | None) -> bool:
+    """Return whether a label `(batch, seq)` stands on padding, or on a token that padding before it is to foretell."""
+    if labels is None or labels.shape != there.shape:
+        return False
+    learned = labels.cpu() >= 0
+    return bool((learned & ~there).any() or (learned[:, 1:] & ~there[:, :-1]).any())
 
 
 def in_one_piece(there: Tensor) -> bool:
@@ -130,8 +141,8 @@ def in_one_piece(there: Tensor) -> bool:
     return bool((starts == 1).all())
 
 
-def pack_texts(mask: Tensor, width: int) -> Packing:
-    """Return a packing of the real tokens of `mask` `(batch, seq)` into rows of `width`, on its device.
+def pack_texts(mask: Tensor, width: int, device: torch.device | None = None) -> Packing:
+    """Return a packing of the real tokens of `mask` `(batch, seq)` into rows of `width`, on a device, else the mask's.
 
     Texts are placed from the longest to the shortest, each in the fullest row that has room (best fit decreasing).
     """
@@ -146,7 +157,7 @@ def pack_texts(mask: Tensor, width: int) -> Packing:
     source[places] = real
     owner = torch.full((rows * width,), -1)
     owner[places] = text
-    found = (tensor.to(mask.device) for tensor in (source, owner.view(rows, width), places, real))
+    found = (tensor.to(device or mask.device) for tensor in (source, owner.view(rows, width), places, real))
     return Packing(*there.shape, *found)
 
 
@@ -166,12 +177,15 @@ def best_fit(lengths: Sequence[int], width: int) -> tuple[int, list[int]]:
     return rows, starts
 
 
-def cheapest_width(lengths: Sequence[int], seq: int) -> int:
-    """Return the width, not `seq`, of rows into which texts are packed with the least work; a multiple of 8."""
+def cheapest_width(lengths: Sequence[int], seq: int, most: int | None = None) -> int | None:
+    """Return the width, not `seq` and at most `most`, of rows into which texts are packed with the least work.
+
+    A multiple of 8; None where no such width holds the longest text.
+    """
     longest = -(-max(lengths) // MULTIPLE) * MULTIPLE
     step = max(longest // WIDTHS // MULTIPLE, 1) * MULTIPLE
-    widths = [width for width in range(longest, 2 * longest + 1, step) if width != seq]
-    return min(widths, key=lambda width: _work(lengths, width))
+    widths = range(longest, min(2 * longest, most or 2 * longest) + 1, step)
+    return min((width for width in widths if width != seq), key=lambda width: _work(lengths, width), default=None)
 
 
 def _work(lengths: Sequence[int], width: int) -> float:

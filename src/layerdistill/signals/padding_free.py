@@ -75,7 +75,7 @@ class _Given:
         packing, shape = self.packing, value.shape
         pairs = value.dim() == 4 and shape[0] in (1, packing.batch) and shape[2] in (1, packing.seq)
         is_mask = pairs and shape[3] == packing.seq
-        follows = value.dim() > 1 and shape[0] in (1, packing.batch) and shape[1] == packing.seq
+        follows = value.dim() in (2, 3) and shape[0] in (1, packing.batch) and shape[1] == packing.seq
         if not (is_mask or follows):
             return value
         self.masked |= is_mask

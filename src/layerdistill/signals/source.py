@@ -63,7 +63,7 @@ def run_model(
     whole = logits or model is not inner or (inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs)
     called = model if whole else inner.base_model
     accepted = _accepted(inner if whole else inner.base_model, inputs)
-    packing = packing_of(inner, called, accepted, masks, batch.get("labels"), taps) if padding_free else None
+    packing = packing_of(inner, whole, accepted, masks, batch.get("labels"), taps) if padding_free else None
     output = None
     no_further = not (logits or taps or torch.is_grad_enabled())
     stop = stopping_above(inner, layers) if no_further else nullcontext()
@@ -81,7 +81,8 @@ def run_model(
         return Signal(said, found, masks, tensors)
     rows = {layer: packing.tokens(tensor) for layer, tensor in _all(hidden, layers)}
     laid_out = LaidOut(rows, masks, {layer: tensor for layer, tensor in hidden.items() if packing.is_laid_out(tensor)})
-    return Signal(said, laid_out, masks, {tap: packing.unpack(tensor) for tap, tensor in places.items()}, rows=rows)
+    unpacked = {id(tensor): packing.unpack(tensor) for tensor in places.values()}  # several taps may be one tensor
+    return Signal(said, laid_out, masks, {tap: unpacked[id(tensor)] for tap, tensor in places.items()}, rows=rows)
 
 
 def batch_masks(model: nn.Module, batch: Batch) -> dict[StackName, Tensor]:
