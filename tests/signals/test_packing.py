@@ -15,6 +15,7 @@ from layerdistill.signals.packing import (
     cheapest_width,
     in_one_piece,
     pack_texts,
+    texts_to_try,
     worthwhile_packing,
 )
 
@@ -117,6 +118,15 @@ def test_a_batch_is_packed_where_that_saves_a_tenth() -> None:
     found = worthwhile_packing(mask_of([16, 2, 3, 4, 2, 5], 16))
     assert found is not None
     assert found.rows * found.width < 0.5 * 6 * 16
+
+
+def test_a_model_is_tried_on_enough_long_texts_or_its_batch_is_not_packed() -> None:
+    assert texts_to_try([5] * 8, None) == [0, 1, 2, 3, 4, 5], "two texts of five tokens would say too little"
+    assert texts_to_try([2, 20, 4, 6], None) == [1, 3, 2, 0]
+    assert texts_to_try([2, 20, 4, 30], 32) == []
+    assert texts_to_try([4, 1, 2], None) == []
+    assert worthwhile_packing(mask_of([4, 1, 2], 8)) is None
+    assert worthwhile_packing(mask_of([5] * 8, 8)) is not None
 
 
 def test_the_width_is_never_that_of_the_batch() -> None:

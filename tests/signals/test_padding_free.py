@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from layerdistill.core.types import LayerRef, Needs, Tap
 from layerdistill.models import find_stacks
 from layerdistill.signals import LiveTeacher, packable, run_model
-from layerdistill.signals.packable import packing_problem, texts_to_try
-from layerdistill.signals.packing import pack_texts
+from layerdistill.signals.packable import packing_problem
+from layerdistill.signals.packing import pack_texts, texts_to_try
 from layerdistill.signals.padding_free import packed_blocks
 
 LENGTHS = [3, 5, 24, 7, 4, 9]
@@ -44,11 +44,17 @@ def padded_batch(left: bool = False, seq: int = 24) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def tried_texts(mask: Tensor) -> Tensor:
+    """The numbers of the texts on which a model would be tried."""
+    chosen = texts_to_try(mask.sum(1).tolist(), None)
+    assert chosen
+    return torch.tensor(chosen)
+
+
 def problem_of(model: Any, batch: dict[str, Tensor]) -> str | None:
     """What a try on a batch finds."""
-    chosen = texts_to_try(batch["attention_mask"], None)
-    assert chosen is not None
-    return packing_problem(model, True, batch, batch["attention_mask"], chosen)
+    mask = batch["attention_mask"]
+    return packing_problem(model, True, batch, mask, tried_texts(mask))
 
 
 def near(expected: Tensor) -> dict[str, float]:
@@ -181,9 +187,7 @@ def test_a_try_on_as_many_tokens_as_the_batch_is_wide() -> None:
     mask = torch.zeros(4, 32, dtype=torch.long)
     for row, length in enumerate((2, 20, 4, 6)):
         mask[row, :length] = 1
-    chosen = texts_to_try(mask, None)
-    assert chosen is not None
-    assert mask[chosen].sum() == mask.shape[1]
+    assert mask[tried_texts(mask)].sum() == mask.shape[1]
     batch = {"input_ids": mask * 7, "attention_mask": mask}
     assert problem_of(model, batch) is None
 
@@ -306,13 +310,14 @@ def test_memory_that_does_not_suffice_says_nothing_of_a_model(monkeypatch: pytes
     assert run_model(model, padded_batch(), LAYERS, logits=True, padding_free=True).rows
 
 
-def test_too_few_tokens_are_no_try() -> None:
+def test_whether_a_batch_is_packed_does_not_depend_on_the_batches_before_it() -> None:
     model: Any = tiny_model("bert", "sequence-classification")
     mask = (torch.arange(8) < torch.tensor([[4], [1], [2]])).long()
     few = {"input_ids": mask * 5, "attention_mask": mask}
-    assert not run_model(model, few, LAYERS, logits=True, padding_free=True).rows
-    assert run_model(model, padded_batch(), LAYERS, logits=True, padding_free=True).rows
-    assert run_model(model, few, LAYERS, logits=True, padding_free=True).rows
+    for batch, packed in ((few, False), (padded_batch(), True), (few, False)):
+        fresh: Any = tiny_model("bert", "sequence-classification")
+        for one in (model, fresh):
+            assert bool(run_model(one, batch, LAYERS, logits=True, padding_free=True).rows) == packed
 
 
 def test_taps_of_one_tensor_stay_one_tensor() -> None:

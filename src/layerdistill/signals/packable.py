@@ -16,17 +16,11 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.types import LayerRef, StackName, Tap
 from layerdistill.models import Stack, evaluating, find_stacks, positions
 from layerdistill.signals.hooks import capture
-from layerdistill.signals.packing import Packing, pack_texts, worthwhile_packing
+from layerdistill.signals.packing import Packing, pack_texts, texts_to_try, worthwhile_packing
 from layerdistill.signals.padding_free import packed_blocks
 from layerdistill.signals.taps import tapped
 
 logger = logging.getLogger(__name__)
-
-TEXTS = 8
-"""Most texts that a model is tried on."""
-
-FEWEST_TOKENS = 16
-"""Tokens, of two texts or more, below which a try says too little."""
 
 LOGITS = 64
 """Most tokens whose logits are compared."""
@@ -68,9 +62,8 @@ def packing_of(
     # Blocks are replaced while some methods train.
     asked = (whole, taps, tuple(ref(block) for block in stack.blocks))
     if asked not in known:
-        chosen = texts_to_try(mask, positions(model.config))
-        if chosen is None:
-            return None
+        lengths = mask.ne(0).sum(1).tolist()
+        chosen = torch.tensor(texts_to_try(lengths, positions(model.config)), device=mask.device)
         try:
             known[asked] = packing_problem(model, whole, inputs, mask, chosen, taps)
         except torch.OutOfMemoryError:
@@ -134,23 +127,6 @@ def packing_problem(
     except (UserError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return f"its blocks do not run on packed rows ({type(error).__name__}: {error})"
     return None
-
-
-def texts_to_try(mask: Tensor, most: int | None) -> Tensor | None:
-    """Return the numbers of some texts of a batch, long ones first, that fit into a row as wide as two of the longest.
-
-    None where there are no two of them, or too few tokens for a verdict; a row has at most `most` positions.
-    """
-    lengths = mask.ne(0).sum(1).tolist()
-    room = min(2 * max(lengths), (most or 2 * max(lengths) + 1) - 1)
-    chosen: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if len(chosen) < TEXTS and lengths[number] <= room:
-            chosen.append(number)
-            room -= lengths[number]
-    if len(chosen) < 2 or sum(lengths[number] for number in chosen) < FEWEST_TOKENS:
-        return None
-    return torch.tensor(chosen, device=mask.device)
 
 
 def _said(

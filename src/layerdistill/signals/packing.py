@@ -23,6 +23,12 @@ MULTIPLE = 8
 WIDTHS = 8
 """Widths that are tried, from the longest text to twice that."""
 
+TEXTS = 8
+"""Most texts on which it is tried whether a model says the same of them in packed rows."""
+
+FEWEST_TOKENS = 16
+"""Tokens, of two texts or more, below which such a try says too little."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -113,7 +119,8 @@ def worthwhile_packing(mask: Tensor, labels: Tensor | None = None, most: int | N
     """Return how to pack a batch with the mask `(batch, seq)`, None where padding is too little to matter.
 
     None too where padding lies inside a text, or what is said of it is learned by `labels` `(batch, seq)`: it is no
-    padding then. Rows have at most `most` positions.
+    padding then; and for a batch on which no model could be tried, so that whether it is packed does not depend on the
+    batches before it (a run that is resumed has not seen them). Rows have at most `most` positions.
     """
     if mask not in _FOUND:
         _FOUND[mask] = {}
@@ -122,7 +129,7 @@ def worthwhile_packing(mask: Tensor, labels: Tensor | None = None, most: int | N
         lengths, seq = there.sum(1).tolist(), there.shape[1]
         width = cheapest_width(lengths, seq, most) if sum(lengths) < WORTH * there.numel() else None
         worth = width is not None and _work(lengths, width) < WORTH * _positions_work(there.numel(), seq)
-        packs = worth and in_one_piece(there) and not learns_padding(there, labels)
+        packs = worth and in_one_piece(there) and not learns_padding(there, labels) and texts_to_try(lengths, most)
         _FOUND[mask][most] = pack_texts(there, width, mask.device) if packs and width is not None else None
     return _FOUND[mask][most]
 
@@ -133,6 +140,22 @@ def learns_padding(there: Tensor, labels: Tensor | None) -> bool:
         return False
     learned = labels.cpu() >= 0
     return bool((learned & ~there).any() or (learned[:, 1:] & ~there[:, :-1]).any())
+
+
+def texts_to_try(lengths: Sequence[int], most: int | None) -> list[int]:
+    """Return the numbers of some texts of a batch, long ones first, which fit into a row as wide as two of the longest.
+
+    Empty where there are no two of them, or too few tokens for a verdict; a row has less than `most` positions.
+    """
+    room = max(2 * max(lengths), 2 * FEWEST_TOKENS)
+    room = min(room, (most or room + 1) - 1)
+    chosen: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if len(chosen) < TEXTS and lengths[number] <= room:
+            chosen.append(number)
+            room -= lengths[number]
+    enough = len(chosen) > 1 and sum(lengths[number] for number in chosen) >= FEWEST_TOKENS
+    return chosen if enough else []
 
 
 def in_one_piece(there: Tensor) -> bool:
