@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_samples import byte_tokenizer, write_rows
 from datasets import IterableDataset
+from torch.utils.data import DataLoader
 
 from layerdistill.core.errors import UserError
 from layerdistill.data import LabelSpace, label_space, load_splits, streamed_blocks, tokenise
 from layerdistill.data.config import DataConfig
 from layerdistill.data.streamed import LOADERS
+from layerdistill.train.stream import Endless
 
 TEXTS = ["good film", "1999", "NA", "the story , very dull", "", "he said:\nno", 'an unpaired " quote'] * 4
 ROWS = [{"text": text, "number": number} for number, text in enumerate(TEXTS)]
@@ -96,6 +99,23 @@ def test_each_pass_has_its_order_which_the_seed_decides(tmp_path: Path) -> None:
     assert len({tuple(order) for order in orders.values()}) == 4
     assert all(sorted(order) == list(range(len(order))) for order in orders.values())
     assert len(orders[1, 0]) == len(list(streamed(plain)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("buffer", [0, 5])
+def test_data_loader_workers_read_every_file_in_the_same_order(buffer: int, workers: int, tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        rows = [{**row, "text": f"{row['text']} {number}"} for row in ROWS]
+        files.append(str(write_rows(tmp_path / f"{number}.jsonl", rows)))
+    config = language_model(files, shuffle_buffer=buffer)
+    steps = 2 * len(in_memory(config))  # two passes
+    expected, found = (
+        list(islice(DataLoader(Endless(streamed(config)), batch_size=None, num_workers=number), steps))
+        for number in (0, workers)
+    )
+    assert [row["input_ids"] for row in found] == [row["input_ids"] for row in expected]
+    assert {row["example_id"] for row in found} == set(range(steps // 2))
 
 
 def test_at_most_so_many_blocks_the_first_ones(tmp_path: Path) -> None:

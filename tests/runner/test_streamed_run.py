@@ -53,6 +53,28 @@ def test_it_trains_the_student_that_the_same_data_in_memory_train(tmp_path: Path
     assert environment["examples"] == {"validation": 10, "train": None}
 
 
+def test_data_loader_workers_change_nothing(tmp_path: Path) -> None:
+    plain = run(recipe_of(tmp_path, "plain", {"shuffle_buffer": 20}, training={"max_steps": 7}))
+    workers = {"max_steps": 7, "dataloader_num_workers": 2}
+    helped = run(recipe_of(tmp_path, "helped", {"shuffle_buffer": 20}, training=workers))
+    assert losses(plain.folder) == losses(helped.folder)
+
+
+def test_ted_learns_from_a_stream_what_it_learns_from_a_list(tmp_path: Path) -> None:
+    steps = {"max_steps": 4, "logging_steps": 1}
+    found = []
+    for name, data, training in (
+        ("stream", {"shuffle_buffer": 0}, {}),
+        ("list", {"streaming": False}, {"train_sampling_strategy": "sequential"}),
+    ):
+        recipe = recipe_of(tmp_path, name, data, training={**steps, **training})
+        recipe["student"] = {"num_blocks": 2, "init": "copy"}
+        recipe["method"] = {"name": "ted", "stage_one": {"record_gb": 0}}
+        found.append(losses(run(recipe).folder))
+    assert found[0] == found[1]
+    assert len(found[0]) == 4 * 4, "four stages of four steps"
+
+
 def test_a_stopped_run_goes_on_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(recipe_of(tmp_path, "whole", {"shuffle_buffer": 20}))
     texts, left = streamed._texts, 200

@@ -1,5 +1,6 @@
 """From a recipe's `data` section to batches: tasks, sources, labels, tokenising, packing, collating."""
 
+from layerdistill.data.all_rows import all_rows
 from layerdistill.data.calibration import CALIBRATION, CalibrationConfig, set_aside
 from layerdistill.data.collate import Collator
 from layerdistill.data.config import DataConfig
@@ -24,6 +25,7 @@ __all__ = [
     "Task",
     "TrimmedVocabulary",
     "VocabularyCheck",
+    "all_rows",
     "compare_vocabularies",
     "fingerprint_dataset",
     "get_task",

@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError, did_you_mean
+from layerdistill.data.all_rows import all_rows
 from layerdistill.data.config import IN_MEMORY, INSTALLED_DOCS, DataConfig
 from layerdistill.data.pack import blocks, encode_stream
 from layerdistill.data.read_files import known_suffix
@@ -115,7 +116,7 @@ def _texts(rows: IterableDataset, config: DataConfig) -> Iterator[str]:
 
 def _read(rows: IterableDataset) -> Iterator[dict[str, Any]]:
     with _explained():
-        yield from rows
+        yield from all_rows(rows)
 
 
 @contextmanager

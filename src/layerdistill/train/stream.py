@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sized
 from itertools import count
 from typing import Any
 
+import datasets
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainingArguments
 
 from layerdistill.core.errors import UserError
+from layerdistill.data import all_rows
 
 
 class Endless(IterableDataset):
@@ -28,7 +30,7 @@ class Endless(IterableDataset):
             if hasattr(self.stream, "set_epoch"):
                 self.stream.set_epoch(number)
             rows = 0
-            for row in self.stream:
+            for row in one_pass(self.stream):
                 rows += 1
                 yield row
             if rows == 0 and get_worker_info() is not None:
@@ -39,6 +41,18 @@ class Endless(IterableDataset):
                     f"train_dataset, a {type(self.stream).__name__}, gives no example{when}. Pass one whose every "
                     "iteration begins anew, or fewer max_steps."
                 )
+
+
+def one_pass(stream: Any) -> Iterator[Any]:
+    """Yield the rows of a stream; a data-loader worker yields its share of them.
+
+    A `datasets` stream of one shard cannot be shared: the first worker reads it, in the order it has without workers.
+    """
+    worker = get_worker_info()
+    if worker is None or not isinstance(stream, datasets.IterableDataset) or stream.num_shards > 1:
+        yield from stream
+    elif worker.id == 0:
+        yield from all_rows(stream)
 
 
 def endless(train_dataset: Any, args: TrainingArguments) -> Any:
