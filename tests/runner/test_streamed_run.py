@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def recipe_of(folder: Path, output: str = "run", data: dict[str, Any] | None = N
     return recipe
 
 
+def breaking_after(left: int, error: Exception) -> Callable[..., Iterator[str]]:
+    """What reads texts, until it has read so many, in however many passes."""
+    texts = streamed._texts
+
+    def breaking(*given: Any) -> Iterator[str]:
+        nonlocal left
+        for text in texts(*given):
+            left -= 1
+            if left < 0:
+                raise error
+            yield text
+
+    return breaking
+
+
 def test_it_trains_the_student_that_the_same_data_in_memory_train(tmp_path: Path) -> None:
     ordered = run(recipe_of(tmp_path, "stream", {"shuffle_buffer": 0}, training={"max_steps": 7}))
     in_order = {"max_steps": 7, "train_sampling_strategy": "sequential"}
@@ -60,6 +76,17 @@ def test_data_loader_workers_change_nothing(tmp_path: Path) -> None:
     assert losses(plain.folder) == losses(helped.folder)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_refused_in_the_middle_is_said_in_one_sentence(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "_texts", breaking_after(200, UserError("data.train holds 5 in row 7, not text.")))
+    training = {"dataloader_num_workers": workers, "logging_steps": 1}
+    with pytest.raises(UserError, match=r"^data\.train holds 5 in row 7, not text\.$"):
+        run(recipe_of(tmp_path, training=training))
+    assert losses(tmp_path / "run"), "training had begun"
+
+
 def test_ted_learns_from_a_stream_what_it_learns_from_a_list(tmp_path: Path) -> None:
     steps = {"max_steps": 4, "logging_steps": 1}
     found = []
@@ -77,18 +104,8 @@ def test_ted_learns_from_a_stream_what_it_learns_from_a_list(tmp_path: Path) -> 
 
 def test_a_stopped_run_goes_on_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(recipe_of(tmp_path, "whole", {"shuffle_buffer": 20}))
-    texts, left = streamed._texts, 200
-
-    def breaking(*given: Any) -> Any:
-        nonlocal left
-        for text in texts(*given):
-            left -= 1
-            if left < 0:
-                raise RuntimeError("the connection is gone")
-            yield text
-
     with monkeypatch.context() as broken:
-        broken.setattr(streamed, "_texts", breaking)
+        broken.setattr(streamed, "_texts", breaking_after(200, RuntimeError("the connection is gone")))
         with pytest.raises(RuntimeError, match="the connection is gone"):
             run(recipe_of(tmp_path, "stopped", {"shuffle_buffer": 20}))
     assert list((tmp_path / "stopped" / "checkpoints" / "distill").glob("checkpoint-*"))

@@ -37,6 +37,7 @@ from layerdistill.train.sampler import EpochSampler
 from layerdistill.train.stream import endless
 from layerdistill.train.term_log import TermLog
 from layerdistill.train.units import count_of, sum_units
+from layerdistill.train.worker_errors import plain_worker_errors
 
 HELPERS_FILE = "helpers.safetensors"
 STUDENT_FILE = "student.safetensors"
@@ -101,7 +102,7 @@ class StageTrainer(Trainer):
             examples = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 1
             needs = needs_during(self.stage.terms, count_epochs(examples, partial(getattr, self.args)), 1)
         try:
-            with compiled_blocks(self.stage.student, self.args, needs):
+            with plain_worker_errors(), compiled_blocks(self.stage.student, self.args, needs):
                 return super().train(*args, **options)
         finally:
             if isinstance(self.teacher_source, StreamedTeacher):
