@@ -151,6 +151,19 @@ def test_architectures_that_do_not_allow_it_run_as_they_are(name: str) -> None:
     assert torch.equal(packed.logits, plain.logits)
 
 
+def test_convolutions_are_not_packed_however_little_new_ones_do() -> None:
+    torch.manual_seed(0)
+    config = hf.FalconH1Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+        initializer_range=1e-3,
+    )  # fmt: skip
+    model: Any = hf.FalconH1ForCausalLM(config).eval()
+    found = run_model(model, padded_batch(), [LayerRef("", 2)], logits=True, padding_free=True)
+    assert not found.rows
+    assert "convolutions" in str(list(packable._PROBLEMS[model].values()))
+
+
 class Leaky(nn.Module):
     """A block that lets each token see the mean of its whole row."""
 
@@ -286,8 +299,9 @@ def test_a_batch_as_wide_as_there_are_heads() -> None:
     assert_same(model, batch, [LayerRef("", 1), LayerRef("", 2)])
 
 
-def test_texts_that_see_each_other_do_not_hide_in_the_rounding_of_16_bits() -> None:
+def test_texts_that_see_each_other_do_not_hide_in_the_rounding_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(packable, "kept_apart_problem", lambda block: None)
     config = hf.ConvBertConfig(**SHAPE, embedding_size=32, conv_kernel_size=3)
     model = hf.ConvBertForSequenceClassification(config).eval().to(torch.bfloat16)
     assert not run_model(model, padded_batch(), [], logits=True, padding_free=True).rows

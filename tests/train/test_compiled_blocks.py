@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from method_recipe import method_recipe
+from rich.console import Console
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from torch._dynamo.utils import counters
 from toy import ToyCollator, toy_dataset
@@ -19,6 +22,7 @@ from layerdistill.core.types import Needs, Tap
 from layerdistill.methods.table import METHODS
 from layerdistill.models import find_stacks
 from layerdistill.models.adapters import empty_adapters
+from layerdistill.runner import run
 from layerdistill.signals import LiveTeacher
 from layerdistill.train.compiled_blocks import compiled_blocks
 from layerdistill.train.trainer import StageTrainer
@@ -51,6 +55,21 @@ def test_compiled_blocks_train_the_same_student(task: str, method: str, tmp_path
     assert compiled.keys() == plain.keys()
     assert all(torch.equal(compiled[name], plain[name]) for name in plain)
     assert all("forward" not in vars(block) for stack in find_stacks(student).values() for block in stack.blocks)
+
+
+@pytest.mark.parametrize("method", ["ted", "layer_prune"])
+def test_methods_of_several_stages_train_the_same_student(method: str, tmp_path: Path) -> None:
+    students = []
+    for name, training in (("plain", {}), ("compiled", {"torch_compile_backend": "eager"})):
+        torch.compiler.reset()
+        counters.clear()
+        recipe = method_recipe(tmp_path, method, output=str(tmp_path / name))
+        recipe["training"] |= training
+        students.append(load_file(run(recipe, console=Console(quiet=True)).student / "model.safetensors"))
+        assert bool(counters["stats"]["unique_graphs"]) == bool(training)
+    plain, compiled = students
+    assert compiled.keys() == plain.keys()
+    assert all(torch.equal(compiled[name], plain[name]) for name in plain)
 
 
 def test_what_is_read_inside_blocks_in_a_later_epoch_is_refused_too(tmp_path: Path) -> None:

@@ -82,9 +82,14 @@ def calls_all_blocks_once(model: PreTrainedModel, stack: Stack) -> bool:
     return not drops and not (checkpoints and torch.is_grad_enabled())
 
 
-def counts_positions(block: nn.Module) -> bool:
-    """Return whether a compact block in `block` has positions of its own: a new table hardly shows in a try."""
-    return any(isinstance(getattr(module, "positions", None), nn.Embedding) for module in block.modules())
+def kept_apart_problem(block: nn.Module) -> str | None:
+    """Return why a block cannot run on packed rows, if a module of it says so, whatever a try of new weights shows."""
+    for module in block.modules():
+        if isinstance(getattr(module, "positions", None), nn.Embedding):
+            return "compact blocks have positions of their own"
+        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+            return "its blocks have convolutions, which reach into the next text"
+    return None
 
 
 @torch.no_grad()
@@ -101,8 +106,8 @@ def packing_problem(
     It is run twice on the texts `chosen` of a batch, in eval mode and without autocast, and left as it was; one of 16
     bits is copied in float32 for that. Compared are the last hidden states, what flows through `taps`, and logits.
     """
-    if any(map(counts_positions, find_stacks(model)[""].blocks)):
-        return "compact blocks have positions of their own"
+    if known := next(filter(None, map(kept_apart_problem, find_stacks(model)[""].blocks)), None):
+        return known
     weights = list(model.parameters())
     narrow = any(weight.dtype.itemsize < 4 for weight in weights)
     if narrow and 4 * sum(weight.numel() for weight in weights) > LARGEST_COPY:
