@@ -9,12 +9,14 @@ from tiny_models import ENCODER_DECODERS, FAMILIES, FITTING, tiny_batch, tiny_mo
 from torch import nn
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.types import StackName
 from layerdistill.models import (
     depths,
     depths_from_config,
     find_embeddings,
     find_head,
     find_stacks,
+    structure,
     unwrap,
     widths,
     widths_from_config,
@@ -136,3 +138,35 @@ def test_two_lists_that_could_be_meant_are_a_clear_error_and_blocks_overrules() 
     assert find_stacks(model, blocks="h")[""].blocks == tuple(model.h)
     with pytest.raises(UserError, match=r"Its lists are: h, other"):
         find_stacks(model, blocks="nowhere")
+
+
+def test_blocks_that_were_replaced_or_taken_out_are_seen_and_nothing_else_is_searched_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("bert", "sequence-classification", num_layers=4)
+    first = find_stacks(model)[""]
+    searches: list[nn.Module] = []
+    search = structure._search
+
+    def counted(model: hf.PreTrainedModel) -> dict[StackName, str]:
+        searches.append(model)
+        return search(model)
+
+    monkeypatch.setattr(structure, "_search", counted)
+    assert find_stacks(model)[""] == first
+    assert not searches
+    blocks = model.bert.encoder.layer
+    other = tiny_model("bert", "sequence-classification", num_layers=4, seed=9).bert.encoder.layer[1]
+    blocks[1] = other  # of the same class, so that the list is where it was
+    assert find_stacks(model)[""].blocks[1] is other
+    assert not searches
+    model.bert.encoder.layer = blocks[:3]
+    model.config.num_hidden_layers = 3
+    assert find_stacks(model)[""].depth == 3
+    assert len(searches) == 1
+    model.bert.encoder.blocks = model.bert.encoder.layer
+    del model.bert.encoder.layer
+    assert find_stacks(model)[""].block_path == "bert.encoder.blocks"
+    model.config.num_hidden_layers = 7
+    with pytest.raises(UserError, match="7 blocks of one class"):
+        find_stacks(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -61,24 +63,67 @@ def find_stacks(model: nn.Module, blocks: str | Mapping[str, str] | None = None)
     Raises UserError, naming the class, when no such list or more than one is found.
     """
     model = unwrap(model)
-    paths = {name: path for path, name in _given(model, blocks)} if blocks else _search(model)
+    if blocks:
+        return {name: _stack(model, place) for name, place in _places(model, dict(_given(model, blocks))).items()}
+    known = _FOUND.get(model)
+    if known is None or known.looks != _looks(model, known.places):
+        places = _places(model, _search(model))
+        known = _FOUND[model] = _Known(places, _looks(model, places))
+    return {name: _stack(model, place) for name, place in known.places.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stack is in its model."""
+
+    name: StackName
+    block_path: str
+    final_norm_path: str | None
+    width: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Where the stacks of a model were found, and what it looked like then."""
+
+    places: dict[StackName, _Place]
+    looks: Any
+
+
+_FOUND: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+"""A search takes a millisecond, and every forward pass asks several times. No module is held here."""
+
+
+def _looks(model: PreTrainedModel, places: Mapping[StackName, _Place]) -> Any:
+    """Return what changes when blocks are added, taken out or replaced by others; None where they are gone."""
+    try:
+        kinds = [[type(block) for block in _stack(model, place).blocks] for place in places.values()]
+    except AttributeError:
+        return None
+    return dict(vars(model.config)), kinds
+
+
+def _places(model: PreTrainedModel, paths: Mapping[StackName, str]) -> dict[StackName, _Place]:
     width_of = widths_from_config(model.config)
-    stacks: dict[StackName, Stack] = {}
+    found: dict[StackName, _Place] = {}
     for name, path in paths.items():
-        modules = tuple(model.get_submodule(path).children())
         width = width_of.get(name) or next(iter(width_of.values()))
-        norm_path = _final_norm_path(model, path, name, width)
-        stacks[name] = Stack(
-            name=name,
-            blocks=modules,
-            block_path=path,
-            block_names=tuple(f"{path}.{number}" for number in range(len(modules))),
-            final_norm=None if norm_path is None else model.get_submodule(norm_path),
-            final_norm_path=norm_path,
-            width=width,
-            depth=len(modules),
-        )
-    return stacks
+        found[name] = _Place(name, path, _final_norm_path(model, path, name, width), width)
+    return found
+
+
+def _stack(model: PreTrainedModel, place: _Place) -> Stack:
+    modules = tuple(model.get_submodule(place.block_path).children())
+    return Stack(
+        name=place.name,
+        blocks=modules,
+        block_path=place.block_path,
+        block_names=tuple(f"{place.block_path}.{number}" for number in range(len(modules))),
+        final_norm=None if place.final_norm_path is None else model.get_submodule(place.final_norm_path),
+        final_norm_path=place.final_norm_path,
+        width=place.width,
+        depth=len(modules),
+    )
 
 
 def depths(model: nn.Module) -> dict[StackName, int]:
@@ -115,10 +160,10 @@ def find_head(model: nn.Module) -> nn.Module | None:
     return outside[-1] if outside and model.base_model is not model else None
 
 
-def _given(model: PreTrainedModel, blocks: str | Mapping[str, str]) -> list[tuple[str, StackName]]:
+def _given(model: PreTrainedModel, blocks: str | Mapping[str, str]) -> list[tuple[StackName, str]]:
     named: Mapping[str, str] = {"": blocks} if isinstance(blocks, str) else blocks
     modules = dict(model.named_modules())
-    found: list[tuple[str, StackName]] = []
+    found: list[tuple[StackName, str]] = []
     for name, path in named.items():
         if name not in ("", "encoder", "decoder") or not isinstance(modules.get(path), nn.ModuleList):
             lists = [known for known, module in modules.items() if isinstance(module, nn.ModuleList)]
@@ -126,7 +171,7 @@ def _given(model: PreTrainedModel, blocks: str | Mapping[str, str]) -> list[tupl
                 f"blocks={blocks!r} does not name a ModuleList of {type(model).__name__}. Its lists are: "
                 f"{', '.join(lists) or 'none'}. Stacks are named '', 'encoder' or 'decoder'."
             )
-        found.append((path, name))  # type: ignore[arg-type]
+        found.append((name, path))  # type: ignore[arg-type]
     return found
 
 
