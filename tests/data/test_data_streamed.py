@@ -118,6 +118,13 @@ def test_data_loader_workers_read_every_file_in_the_same_order(buffer: int, work
     assert {row["example_id"] for row in found} == set(range(steps // 2))
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_without_rows_is_refused_by_whoever_reads_it(workers: int) -> None:
+    empty = IterableDataset.from_generator(lambda: iter(()))
+    with pytest.raises(UserError, match="gives no example"):
+        next(iter(DataLoader(Endless(empty), batch_size=None, num_workers=workers)))
+
+
 def test_at_most_so_many_blocks_the_first_ones(tmp_path: Path) -> None:
     config = language_model(str(written(tmp_path, ".jsonl")), max_train_examples=3, shuffle_buffer=10)
     assert sorted(row["example_id"] for row in streamed(config)) == [0, 1, 2]

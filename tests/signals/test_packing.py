@@ -123,7 +123,9 @@ def test_a_batch_is_packed_where_that_saves_a_tenth() -> None:
 def test_a_model_is_tried_on_enough_long_texts_or_its_batch_is_not_packed() -> None:
     assert texts_to_try([5] * 8, None) == [0, 1, 2, 3, 4, 5], "two texts of five tokens would say too little"
     assert texts_to_try([2, 20, 4, 6], None) == [1, 3, 2, 0]
-    assert texts_to_try([2, 20, 4, 30], 32) == []
+    assert texts_to_try([2, 20, 4, 30], 32) == [1, 2, 0], "beside the longest there is room for none"
+    assert texts_to_try([505, 120, 100, 90, 80, 60, 60, 50], 512) == [1, 2, 3, 4, 5, 6]
+    assert texts_to_try([30, 20, 17], 32) == []
     assert texts_to_try([4, 1, 2], None) == []
     assert worthwhile_packing(mask_of([4, 1, 2], 8)) is None
     assert worthwhile_packing(mask_of([5] * 8, 8)) is not None

@@ -87,7 +87,7 @@ def kept_apart_problem(block: nn.Module) -> str | None:
     for module in block.modules():
         if isinstance(getattr(module, "positions", None), nn.Embedding):
             return "compact blocks have positions of their own"
-        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and max(module.kernel_size) > 1:
             return "its blocks have convolutions, which reach into the next text"
     return None
 

@@ -145,13 +145,15 @@ def learns_padding(there: Tensor, labels: Tensor | None) -> bool:
 def texts_to_try(lengths: Sequence[int], most: int | None) -> list[int]:
     """Return the numbers of some texts of a batch, long ones first, which fit into a row as wide as two of the longest.
 
-    Empty where there are no two of them, or too few tokens for a verdict; a row has less than `most` positions.
+    Left out is a text beside which no other fits: a row has less than `most` positions. Empty where there are no two of
+    them, or too few tokens for a verdict.
     """
     room = max(2 * max(lengths), 2 * FEWEST_TOKENS)
     room = min(room, (most or room + 1) - 1)
+    longest = room - min(lengths)
     chosen: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if len(chosen) < TEXTS and lengths[number] <= room:
+        if len(chosen) < TEXTS and lengths[number] <= min(room, longest):
             chosen.append(number)
             room -= lengths[number]
     enough = len(chosen) > 1 and sum(lengths[number] for number in chosen) >= FEWEST_TOKENS

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch._functorch.config as functorch
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from transformers import TrainingArguments
@@ -40,10 +39,7 @@ def compiled_blocks(student: nn.Module | None, args: TrainingArguments, needs: N
             block.forward = torch.compile(  # type: ignore[method-assign]
                 block.forward, backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode
             )
-        # A log line with each term's gradient goes back through the blocks several times: the first time may not write
-        # over what the next one reads.
-        with functorch.patch(donated_buffer=False):
-            yield
+        yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
             if forward is None:

@@ -33,7 +33,8 @@ class Endless(IterableDataset):
             for row in one_pass(self.stream):
                 rows += 1
                 yield row
-            if rows == 0 and get_worker_info() is not None:
+            worker = get_worker_info()
+            if rows == 0 and worker is not None and worker.id > 0:
                 return  # fewer shards than workers: this one has nothing to do
             if rows == 0:
                 when = " a second time" if number else ""

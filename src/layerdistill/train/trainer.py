@@ -76,7 +76,9 @@ class StageTrainer(Trainer):
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
         super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
         self.accelerator.state.dynamo_plugin = no_compiler()
-        gradient_steps = argument_of(args, "term_gradient_steps")
+        # A measurement goes back through the blocks once for each term. What torch.compile makes of a backward pass may
+        # go back once only: it writes over what it has read.
+        gradient_steps = 0 if args.torch_compile else argument_of(args, "term_gradient_steps")
         # FSDP and DeepSpeed put weights together only while their own module runs.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.composite.padding_free = not sharded and argument_of(args, "padding_free")
