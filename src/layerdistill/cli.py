@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from layerdistill.core.errors import Interrupted, UserError
+from layerdistill.core.quick_imports import quick_imports
 
 app = typer.Typer(
     help="Layer-wise knowledge distillation of transformer language models.",
@@ -35,10 +36,11 @@ def train(
     again: Annotated[bool, typer.Option(help="Delete what the output folder holds and start anew.")] = False,
 ) -> None:
     """Run a recipe; the same command goes on with one that was interrupted."""
-    from accelerate import PartialState
+    with quick_imports():
+        from accelerate import PartialState
 
-    from layerdistill.report.run_table import print_result
-    from layerdistill.runner import run
+        from layerdistill.report.run_table import print_result
+        from layerdistill.runner import run
 
     result = run(recipe, set_, again=again)
     if PartialState().is_main_process:
@@ -48,8 +50,9 @@ def train(
 @app.command()
 def plan(recipe: RecipePath, set_: Overrides = None) -> None:
     """Show the resolved recipe, layer table, vocabulary check, parameters, memory and steps; train nothing."""
-    from layerdistill.plan import show_plan
-    from layerdistill.recipe import load_recipe
+    with quick_imports():
+        from layerdistill.plan import show_plan
+        from layerdistill.recipe import load_recipe
 
     show_plan(load_recipe(recipe, set_), console)
 
@@ -57,8 +60,9 @@ def plan(recipe: RecipePath, set_: Overrides = None) -> None:
 @app.command()
 def cache(recipe: RecipePath, set_: Overrides = None) -> None:
     """Run the teacher once over the training data and keep what the method will read; runs then read that."""
-    from layerdistill.caching import fill_cache
-    from layerdistill.recipe import load_recipe
+    with quick_imports():
+        from layerdistill.caching import fill_cache
+        from layerdistill.recipe import load_recipe
 
     fill_cache(load_recipe(recipe, set_), console)
 
@@ -71,7 +75,8 @@ def kept(
     ] = None,
 ) -> None:
     """List what runs have kept for later ones (teachers, their caches and predictions), or delete some of it."""
-    from layerdistill.kept import delete_kept, kept_table, list_kept
+    with quick_imports():
+        from layerdistill.kept import delete_kept, kept_table, list_kept
 
     if delete or delete_unused is not None:
         for entry in delete_kept(delete or (), delete_unused):
@@ -87,8 +92,9 @@ def evaluate(
     set_: Overrides = None,
 ) -> None:
     """Measure a model on a recipe's data: metrics and cost, as JSON."""
-    from layerdistill.measurement import evaluate_folder
-    from layerdistill.recipe import load_recipe
+    with quick_imports():
+        from layerdistill.measurement import evaluate_folder
+        from layerdistill.recipe import load_recipe
 
     console.print_json(json.dumps(evaluate_folder(model, load_recipe(recipe, set_))))
 
@@ -108,7 +114,8 @@ def diagnose(
     flatten: Annotated[bool, typer.Option(help="Cluster whole token matrices, padding too, not their means.")] = False,
 ) -> None:
     """Look at teacher and student: angles and gradients with their null, similarity, importance, clusterability."""
-    from layerdistill.diagnosis import diagnose as run_diagnosis
+    with quick_imports():
+        from layerdistill.diagnosis import diagnose as run_diagnosis
 
     run_diagnosis(source, set_, output, examples, parts, flatten, console)
 
@@ -116,7 +123,8 @@ def diagnose(
 @app.command()
 def methods() -> None:
     """List the methods."""
-    from layerdistill.methods.table import METHODS
+    with quick_imports():
+        from layerdistill.methods.table import METHODS
 
     table = Table("method", "what it does", "options")
     for name, method in METHODS.items():
@@ -128,7 +136,8 @@ def methods() -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    from layerdistill.recipe import recipe_schema
+    with quick_imports():
+        from layerdistill.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
@@ -136,7 +145,8 @@ def schema() -> None:
 @app.command()
 def demo(output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo")) -> None:
     """Distil a real pretrained encoder by four methods on data every machine has; about five minutes."""
-    from layerdistill.demo import run_demo
+    with quick_imports():
+        from layerdistill.demo import run_demo
 
     run_demo(output, console)
 

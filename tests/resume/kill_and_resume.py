@@ -1,11 +1,12 @@
 """Run a recipe, kill it somewhere, give the same command again, compare the student with an uninterrupted run's.
 
 A program of its own, because it forks: the parent imports everything once and never trains, so that each run costs a
-second, not ten. Prints one JSON line per trial. Usage: kill_and_resume.py FOLDER TRIALS METHOD
+second, not ten. Prints one JSON line per trial. Usage: kill_and_resume.py FOLDER TRIALS METHOD...
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -126,7 +127,7 @@ def main(folder: Path, trials: int, method: str) -> None:
         print(
             json.dumps(
                 {
-                    "trial": trial, "killed": how, "checkpoints": found, "finished_before": finished_before,
+                    "method": method, "trial": trial, "killed": how, "checkpoints": found, "finished_before": finished_before,
                     "status": status, "same": same, "steps_once": len(steps) == len(set(steps)), "left": left,
                     "as_whole": history(output) == history(folder / "whole"),
                 }
@@ -137,4 +138,6 @@ def main(folder: Path, trials: int, method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    gc.freeze()  # or every child copies what was imported, only because the collector looks at it
+    for each in sys.argv[3:]:
+        main(Path(sys.argv[1]) / each, int(sys.argv[2]), each)

@@ -26,9 +26,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def kill_trials(folder: Path, trials: int, method: str) -> list[dict]:
+def kill_trials(folder: Path, trials: int, *methods: str) -> list[dict]:
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(trials), method],
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(trials), *methods],
         capture_output=True, text=True, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -44,16 +44,10 @@ def assert_all_same(trials: list[dict]) -> None:
         assert trial["left"] == [], trial
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
-    trials = kill_trials(tmp_path, 3, "cka")
-    assert len(trials) == 3
-    assert_all_same(trials)
-
-
-@pytest.mark.parametrize("method", ["ted", "layer_prune"])
-def test_killed_between_and_in_stages_and_resumed_is_bit_identical(tmp_path: Path, method: str) -> None:
-    trials = kill_trials(tmp_path, 2, method)
-    assert len(trials) == 2
+def test_killed_in_a_stage_or_between_stages_and_resumed_is_bit_identical(tmp_path: Path) -> None:
+    methods = ("cka", "ted", "layer_prune")
+    trials = kill_trials(tmp_path, 3, *methods)
+    assert [trial["method"] for trial in trials] == [method for method in methods for _ in range(3)]
     assert_all_same(trials)
 
 
@@ -68,14 +62,25 @@ def test_twenty_random_kills(tmp_path: Path, method: str) -> None:
     assert sum(bool(trial["checkpoints"]) and not trial["finished_before"] for trial in trials) >= 5
 
 
+@pytest.fixture(scope="module")
+def interruptible(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of several seconds, which has been run once without being interrupted, in the folder `whole`."""
+    folder = tmp_path_factory.mktemp("interruptible")
+    recipe = toy_recipe(folder, "ild")
+    recipe["training"] |= {"max_steps": 200, "save_steps": 1000, "logging_steps": 1}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run({**recipe, "output": str(folder / "whole")}, console=Console(quiet=True))
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_its_state_says_how_to_go_on_and_does(tmp_path: Path, number: signal.Signals) -> None:
-    recipe = toy_recipe(tmp_path, "ild")
-    recipe["training"] |= {"max_steps": 400, "save_steps": 1000, "logging_steps": 1}
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "layerdistill", "train", str(file)]
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def test_an_interrupted_run_saves_its_state_says_how_to_go_on_and_does(
+    interruptible: Path, number: signal.Signals
+) -> None:
+    output = interruptible / number.name
+    recipe = [str(interruptible / "recipe.yaml"), "--set", f"output={output}"]
+    command = [sys.executable, "-m", "layerdistill", "train", *recipe]
+    metrics = output / "metrics.jsonl"
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     ends = time.monotonic() + 120
     while time.monotonic() < ends and not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
@@ -85,15 +90,13 @@ def test_an_interrupted_run_saves_its_state_says_how_to_go_on_and_does(tmp_path:
     assert running.returncode == 130, errors[-2000:]
     assert "Give the same command again to go on" in errors
     assert "Traceback" not in errors
-    assert list((tmp_path / "run" / "checkpoints" / "distill").glob("checkpoint-*"))
-    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert list((output / "checkpoints" / "distill").glob("checkpoint-*"))
+    assert not (output / "evaluation.json").exists()
 
     again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert again.returncode == 0, again.stderr[-2000:]
-    whole = [*command, "--set", f"output={tmp_path / 'whole'}"]
-    assert subprocess.run(whole, capture_output=True, check=False, env=environment()).returncode == 0
-    ours = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
-    theirs = (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
+    ours = (output / "student" / "model.safetensors").read_bytes()
+    theirs = (interruptible / "whole" / "student" / "model.safetensors").read_bytes()
     assert hashlib.sha256(ours).digest() == hashlib.sha256(theirs).digest()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == sorted(set(steps)), "every step is logged once"

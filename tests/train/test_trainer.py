@@ -195,6 +195,7 @@ def test_evaluation_inside_training_reports_the_task_loss(tmp_path: Path) -> Non
 
 
 DISTRIBUTED = """
+import json
 import sys
 from pathlib import Path
 from safetensors.torch import save_file
@@ -202,39 +203,48 @@ from tiny_models import tiny_model
 from toy import ToyCollator, toy_dataset
 import layerdistill as ld
 
-folder, method, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 task = "sequence-classification"
-student = tiny_model("bert", task, num_layers=2, hidden_size=16, num_heads=2, seed=1)
-teacher = tiny_model("bert", task, num_layers=4, hidden_size=32, num_heads=4, seed=2)
-args = ld.LayerDistillationConfig(
-    output_dir=str(folder), per_device_train_batch_size=batch, max_steps=2, optim="sgd", learning_rate=1.0,
-    lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True, logging_steps=1,
-    disable_tqdm=True)
-trainer = ld.LayerDistillationTrainer(
-    student, teacher, method, args, toy_dataset(task, size=16), data_collator=ToyCollator(task))
-trainer.train()
-if trainer.is_world_process_zero():
-    import json
-    save_file(student.state_dict(), folder / "student.safetensors")
-    (folder / "log.json").write_text(json.dumps(trainer.state.log_history[:2]))
+for method in sys.argv[3:]:
+    folder = Path(sys.argv[1]) / method
+    student = tiny_model("bert", task, num_layers=2, hidden_size=16, num_heads=2, seed=1)
+    teacher = tiny_model("bert", task, num_layers=4, hidden_size=32, num_heads=4, seed=2)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=int(sys.argv[2]), max_steps=2, optim="sgd",
+        learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True,
+        logging_steps=1, disable_tqdm=True)
+    trainer = ld.LayerDistillationTrainer(
+        student, teacher, method, args, toy_dataset(task, size=16), data_collator=ToyCollator(task))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(student.state_dict(), folder / "student.safetensors")
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history[:2]))
 """
+SHARED = ("kd", "ild", "cka")
 
 
-@pytest.mark.parametrize("method", ["kd", "ild", "cka"])
-def test_two_processes_equal_one(tmp_path: Path, method: str) -> None:
-    script = tmp_path / "train.py"
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `1` and `2`: the methods in one process with 8 examples a step, and in two with 4 each."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = folder / "train.py"
     script.write_text(DISTRIBUTED)
-    results = []
     for processes, batch in [(1, 8), (2, 4)]:
-        folder = tmp_path / str(processes)
-        folder.mkdir()
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         done = subprocess.run(
-            [*launch, str(script), str(folder), method, str(batch)],
+            [*launch, str(script), str(folder / str(processes)), str(batch), *SHARED],
             capture_output=True, text=True, check=False, timeout=240,
             env=with_tests_on_path(),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_two_processes_equal_one(shared_runs: Path, method: str) -> None:
+    results = []
+    for processes in ("1", "2"):
+        folder = shared_runs / processes / method
         results.append((load_file(folder / "student.safetensors"), json.loads((folder / "log.json").read_text())))
     (one, one_log), (two, two_log) = results
     for name, tensor in one.items():
