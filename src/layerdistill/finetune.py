@@ -21,9 +21,9 @@ from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.home import MADE_FROM, TEACHERS, home, note_use
 from layerdistill.core.processes import agreed, held
 from layerdistill.core.types import Stage
-from layerdistill.data import fingerprint_dataset, padding_id
+from layerdistill.data import fingerprint_dataset
 from layerdistill.methods.task_term import TaskTerm
-from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_model, trim_model
+from layerdistill.models import LoadedModel, TeacherConfig, load_model, new_model, to_dtype, trim_model
 from layerdistill.models.adapter_files import find_peft_folder, load_matrices, merge_peft_folder, save_matrices
 from layerdistill.models.adapters import (
     adapter_matrices,
@@ -35,7 +35,7 @@ from layerdistill.models.adapters import (
 from layerdistill.models.config import AdapterConfig
 from layerdistill.models.fast_dtype import fast_dtype
 from layerdistill.prepare import Prepared, svd_rank
-from layerdistill.recipe_problems import FALLBACK_TASKS, finetune_arguments
+from layerdistill.recipe_problems import finetune_arguments
 from layerdistill.train.config import own_defaults
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
@@ -108,9 +108,7 @@ def settle_dtype(section: TeacherConfig | None, models: Iterable[nn.Module | Non
         return
     chosen = fast_dtype()
     console.print(f"The teacher runs in {chosen}, the fastest here (teacher.dtype: fast).", highlight=False)
-    for model in models:
-        if model is not None:
-            model.to(getattr(torch, chosen))
+    to_dtype(getattr(torch, chosen), [model for model in models if model is not None])
 
 
 def open_teacher(prepared: Prepared, section: TeacherConfig) -> Teacher:
@@ -127,7 +125,9 @@ def open_teacher(prepared: Prepared, section: TeacherConfig) -> Teacher:
     fresh = tuple(name for name in loaded.fresh_keys if name not in replaced)
     refuse_random_head(prepared, replace(loaded, fresh_keys=fresh))
     model: nn.Module = loaded.model.eval().requires_grad_(True)
-    return Teacher(model if auto else model.to(getattr(torch, loading_dtype(section))), adapters)
+    if not auto:
+        to_dtype(getattr(torch, loading_dtype(section)), [model])
+    return Teacher(model, adapters)
 
 
 def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> dict[str, Tensor] | None:
@@ -150,7 +150,7 @@ def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> d
 
 
 def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replace_head: bool = False) -> LoadedModel:
-    """Load a model with the head that the task needs, and with the names of the labels in its config."""
+    """Load a model with the head that the task needs and, where they have any, the labels' names in its config."""
     reader = prepared.for_teacher if section is prepared.recipe.teacher else prepared
     loaded = load_model(
         source,
@@ -160,11 +160,11 @@ def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replac
         dtype=dtype,
         revision=section.revision,
         attn_implementation=section.attn_implementation,
-        pad_token_id=padding_id(reader.tokenizer),
+        pad_token_id=reader.collator.filler,
         replace_head=replace_head,
         seed=DEFAULT_SEED,
     )
-    if prepared.labels.names:
+    if prepared.labels.named:
         loaded.model.config.id2label = dict(enumerate(prepared.labels.names))
         loaded.model.config.label2id = {name: index for index, name in enumerate(prepared.labels.names)}
     return loaded
@@ -182,7 +182,7 @@ def starting_model(prepared: Prepared, section: TeacherConfig) -> nn.Module:
 def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:
     """Raise UserError when the teacher has weights that no training gave it and the method learns from it."""
     learns = prepared.recipe.method.name != "none"
-    if loaded.fresh_keys and learns and prepared.recipe.data.task not in FALLBACK_TASKS:
+    if loaded.fresh_keys and learns:
         raise UserError(
             f"The teacher {prepared.teacher_source} has no trained head for this task (new weights: "
             f"{', '.join(loaded.fresh_keys[:4])}), so its predictions would be noise. Add "
@@ -194,6 +194,8 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
     """Return what identifies a fine-tuned teacher: first weights, tokenised training data, arguments, versions."""
     assert prepared.recipe.teacher is not None
     lora = "lora" in (prepared.recipe.teacher.finetune or {})
+    collator = prepared.for_teacher.collator
+    filler = [collator.filler] if collator.unusual else []
     return fingerprint_json(
         {
             "weights": fingerprint_model(model),
@@ -201,7 +203,7 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
             "processes": PartialState().num_processes,
             "data": fingerprint_dataset(prepared.for_teacher.datasets["train"]),
             "task": prepared.recipe.data.task,
-            "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
+            "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of, *filler],
             "finetune": {**own_defaults(), **(prepared.recipe.teacher.finetune or {})},
             "versions": [torch.__version__, transformers.__version__, *([peft.__version__] if lora else [])],
         }

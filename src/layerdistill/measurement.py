@@ -18,9 +18,10 @@ from layerdistill.core.fingerprint import fingerprint_files, fingerprint_model
 from layerdistill.data import collate, fingerprint_dataset
 from layerdistill.evaluate import chance_levels, kept_predictions, measure_costs, predict, save_predictions, scores
 from layerdistill.finetune import open_model
-from layerdistill.models import resolve_model_source
-from layerdistill.prepare import Prepared, own_tokenizer, prepare, read_with
+from layerdistill.models import load_config, resolve_model_source
+from layerdistill.prepare import Prepared, own_tokenizer, padded_for, prepare, read_with
 from layerdistill.recipe import Recipe
+from layerdistill.recipe_problems import order_problems
 from layerdistill.run_folder import RECIPE_FILE, STUDENT_FOLDER
 from layerdistill.teacher_cache import fingerprint_tokenizer
 
@@ -113,10 +114,13 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     if tokenizer.get_vocab() != prepared.tokenizer.get_vocab():
         prepared = read_with(prepared, tokenizer)
     section = recipe.student_loading
+    config = load_config(source, section.trust_remote_code, section.revision)
+    if problems := order_problems(config, prepared.labels, source):
+        raise UserError(*problems)
     loaded = open_model(prepared, source, section, section.dtype)
-    if loaded.fresh_keys and recipe.data.task != "causal-lm":
+    if loaded.fresh_keys:
         raise UserError(
             f"{source} has no trained head for this recipe's task and labels (new weights: "
             f"{', '.join(loaded.fresh_keys[:4])}). Give a model trained on the same task, or the recipe it belongs to."
         )
-    return measure(prepared, {"model": loaded.model}, None)
+    return measure(padded_for(prepared, loaded.model.config), {"model": loaded.model}, None)

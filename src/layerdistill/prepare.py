@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.padding import padding_problems
 from layerdistill.core.types import Method, Pair
 from layerdistill.data import (
     CALIBRATION,
@@ -22,6 +23,7 @@ from layerdistill.data import (
     label_space,
     load_splits,
     open_tokenizer,
+    padding_id,
     set_aside,
     streamed_blocks,
     tokenise,
@@ -43,7 +45,7 @@ from layerdistill.models import (
 )
 from layerdistill.models.adapter_files import planned_adapters
 from layerdistill.recipe import Recipe
-from layerdistill.recipe_problems import curriculum_problems, head_problems, section_problems
+from layerdistill.recipe_problems import curriculum_problems, evaluation_problems, head_problems, section_problems
 from layerdistill.train.config import LayerDistillationConfig, build_arguments
 
 Result = TypeVar("Result")
@@ -163,6 +165,8 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         vocabulary = compare_vocabularies(own_tokenizer(teacher_source, tokenizer), tokenizer, *rows)
     pair = pair_without_models(recipe, teacher_config, student_config, vocabulary)
     problems.found += head_problems(recipe, teacher_config, labels)
+    if teacher_config is not None:
+        problems.found += padding_problems(teacher_config, student_config, recipe.data.task)
     problems.found += tokenizer_problems(recipe, student_source, student_config, tokenizer)
     if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
         problems.found.append(
@@ -173,6 +177,7 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     if teacher_config is not None:
         problems.found += method_problems(method, recipe, pair, teacher_config, student_config, labels)
     longest = fewest_positions(teacher_config, student_config)
+    problems.found += evaluation_problems(recipe, labels, longest)
     datasets = problems.attempt(tokenised_splits, splits, recipe, tokenizer, labels, longest)
     problems.stop()
     assert datasets is not None
@@ -181,7 +186,7 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     problems.stop()
     prepared = Prepared(
         recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
-        make_collator(recipe, tokenizer), vocabulary, pair, arguments,
+        make_collator(recipe, tokenizer, teacher_config or student_config), vocabulary, pair, arguments,
     )  # fmt: skip
     trimmed = recipe.student is not None and recipe.student.vocabulary == "trimmed"
     return with_trimmed_vocabulary(prepared, splits) if trimmed else prepared
@@ -210,12 +215,13 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
     )
     kept, tokenizer = vocabulary.kept, vocabulary.tokenizer
     check = VocabularyCheck(True, len(kept), len(kept), f"{len(kept)} of the teacher's tokens, under other ids")
+    student_config = trim_config(prepared.student_config, kept)
     trimmed = replace(
         prepared,
-        student_config=trim_config(prepared.student_config, kept),
+        student_config=student_config,
         tokenizer=tokenizer,
         datasets=datasets,
-        collator=make_collator(recipe, tokenizer),
+        collator=make_collator(recipe, tokenizer, student_config),
         vocabulary=check,
         pair=replace(prepared.pair, vocab_size=len(kept) if prepared.pair.vocab_size is not None else None),
         whole=WholeVocabulary(kept, prepared.tokenizer, full, prepared.collator),
@@ -226,12 +232,20 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
 
 
 def read_with(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Return the same with its data read by another tokenizer: that of a model which was not made of this recipe."""
+    """Return the same with its data read by another tokenizer: that of a model which was not made of this recipe.
+
+    Batches are made by the collator of the recipe's own models; see `padded_for`.
+    """
     recipe = prepared.recipe
     splits = load_splits(recipe.data, recipe.base)
     longest = fewest_positions(prepared.teacher_config, prepared.student_config)
     datasets = tokenised_splits(splits, recipe, tokenizer, prepared.labels, longest)
-    return replace(prepared, tokenizer=tokenizer, datasets=datasets, collator=make_collator(recipe, tokenizer))
+    return replace(prepared, tokenizer=tokenizer, datasets=datasets)
+
+
+def padded_for(prepared: Prepared, model: PreTrainedConfig) -> Prepared:
+    """Return the same with batches that are filled up with what `model` knows as padding."""
+    return replace(prepared, collator=make_collator(prepared.recipe, prepared.tokenizer, model))
 
 
 def method_problems(
@@ -298,10 +312,10 @@ def tokenizer_problems(
     return [f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."]
 
 
-def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """Return the collator that the data section asks for."""
-    data = recipe.data
-    return Collator(tokenizer, data.task, data.padding, data.max_length, data.pad_to_multiple_of)
+def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedConfig) -> Collator:
+    """Return the collator that the data section asks for; what fills up is what `model` knows as padding."""
+    data, filler = recipe.data, padding_id(tokenizer, model)
+    return Collator(tokenizer, data.task, data.padding, data.max_length, data.pad_to_multiple_of, filler)
 
 
 def svd_rank(recipe: Recipe) -> int | None:

@@ -8,13 +8,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from layerdistill.data import LabelSpace
+from layerdistill.evaluate import f1_problems
 from layerdistill.methods.curriculum import too_late
 from layerdistill.recipe import Recipe
 from layerdistill.train.arguments import training_problems
 from layerdistill.train.config import LayerDistillationConfig, count_epochs
-
-FALLBACK_TASKS = {"causal-lm"}
-"""Tasks whose base model already has the head that the task needs."""
 
 
 def section_problems(recipe: Recipe) -> list[str]:
@@ -55,6 +53,39 @@ def stream_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def order_problems(model: PreTrainedConfig, labels: LabelSpace, whose: str) -> list[str]:
+    """Return whether a trained head has the data's classes in another order."""
+    theirs = class_names(model)
+    if not labels.named or set(theirs) != {name.casefold() for name in labels.names}:
+        return []
+    ordered = sorted(labels.names, key=lambda name: theirs.index(name.casefold()))
+    if ordered == list(labels.names):
+        return []
+    return [
+        f"The head of {whose} has the classes in another order ({', '.join(ordered)}) than the data "
+        f"({', '.join(labels.names)}), so that each would be taken for another. Where the data's labels are words, "
+        f"write data.label_names: [{', '.join(ordered)}]; numbers or columns have to be brought into this order."
+    ]
+
+
+def evaluation_problems(recipe: Recipe, labels: LabelSpace, positions: int | None) -> list[str]:
+    """Return what the evaluation at the end could not measure on these classes, or on models of so many positions."""
+    section = recipe.evaluation
+    problems = f1_problems(section.metrics, labels.num_labels) if recipe.data.task == "sequence-classification" else []
+    if section.cost and section.latency_seq is not None and positions is not None and section.latency_seq > positions:
+        problems.append(
+            f"evaluation.latency_seq is {section.latency_seq}, but the models have {positions} positions. Give a value "
+            f"from 1 to {positions}."
+        )
+    return problems
+
+
+def class_names(model: PreTrainedConfig) -> list[str]:
+    """Return what a configuration calls its classes, in the order of their ids, in small letters."""
+    named: dict[Any, Any] = model.id2label or {}
+    return [str(named[number]).casefold() for number in sorted(named)]
+
+
 def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the teacher's own training arguments, without its seed, which is not the recipe's, and its adapters."""
     assert recipe.teacher is not None and recipe.teacher.finetune is not None
@@ -73,8 +104,10 @@ def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: Labe
     """Return why the teacher's head does not fit the labels (a teacher that is fine-tuned first gets a new one)."""
     if teacher is None or recipe.method.name == "none" or recipe.teacher is None or recipe.teacher.finetune is not None:
         return []
-    if recipe.data.task in FALLBACK_TASKS or teacher.num_labels == labels.num_labels:
+    if recipe.data.task == "causal-lm":
         return []
+    if teacher.num_labels == labels.num_labels:
+        return order_problems(teacher, labels, f"the teacher {recipe.teacher.name}")
     return [
         f"The head of the teacher {recipe.teacher.name} has {teacher.num_labels} labels, the data has "
         f"{labels.num_labels} ({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it "

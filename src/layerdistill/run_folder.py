@@ -30,6 +30,10 @@ from layerdistill.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE_FILE, EVALUATION_FILE, STUDENT_FOLDER = "recipe.yaml", "evaluation.json", "student"
 DIAGNOSIS_FOLDER = "diagnose"
+MEASURED_AT_THE_END = tuple(
+    f"evaluation.{name}" for name in ("batch_size", "cost", "latency", "latency_batch_sizes", "latency_seq")
+)
+"""Keys without a part in the training."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,17 @@ def lock(folder: Path) -> AbstractContextManager[None]:
 
 
 def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raise UserError when the folder holds a run of another recipe, naming the keys that differ."""
+    """Raise UserError when the folder holds a run of another recipe, naming the keys that differ.
+
+    One that is not finished may go on with another way of measuring what it costs.
+    """
     path = folder / RECIPE_FILE
     if not path.exists():
         return
     before = flatten(with_defaults(yaml.safe_load(path.read_text(encoding="utf-8"))))
     now = flatten(yaml.safe_load(dump_recipe(recipe)))
-    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key != "output")
+    free = {"output"} if (folder / EVALUATION_FILE).exists() else {"output", *MEASURED_AT_THE_END}
+    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
     if "method.name" in differ:  # its options differ only because it does
         differ = ["method.name", *(key for key in differ if not key.startswith("method."))]
     if differ:

@@ -18,7 +18,7 @@ from layerdistill.core.types import Pair
 from layerdistill.evaluate import metrics_in_training
 from layerdistill.finetune import in_students_ids, load_teacher, open_model, settle_dtype
 from layerdistill.measurement import measure
-from layerdistill.models import freeze_embeddings, make_student
+from layerdistill.models import freeze_embeddings, make_student, to_dtype
 from layerdistill.prepare import Prepared, prepare, shape_of
 from layerdistill.recipe import Recipe, load_recipe
 from layerdistill.run_folder import (
@@ -124,7 +124,9 @@ def starting_student(prepared: Prepared, teacher: nn.Module | None) -> nn.Module
         return student.float()
     if section.attn_implementation is not None:
         student.set_attn_implementation(section.attn_implementation)
-    return student if section.dtype == "auto" else student.to(getattr(torch, section.dtype))
+    if section.dtype != "auto":
+        to_dtype(getattr(torch, section.dtype), [student])
+    return student
 
 
 def stage_input(prepared: Prepared, folder: Path, console: Console) -> StageInput:

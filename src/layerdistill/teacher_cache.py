@@ -179,6 +179,7 @@ class StageTeachers:
             "teacher": fingerprint_model(model),
             "teacher's class": type(model).__name__,
             "tokenizer": fingerprint_tokenizer(self.given.tokenizer),
+            **({"padding token": self.given.collator.filler} if getattr(self.given.collator, "unusual", False) else {}),
         }
         if not isinstance(self.given.datasets["train"], Sized):
             return {**teacher, "data": "any stream"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
 from layerdistill.evaluate import chance_levels
+from layerdistill.evaluate.metrics import METRICS
 
 
 def test_the_majority_class() -> None:
@@ -22,9 +25,16 @@ def test_numbers() -> None:
     assert found == {"pearson": 0.0, "spearman": 0.0, "mse": pytest.approx((4 + 1 + 9) / 3)}
 
 
-def test_each_label_by_itself() -> None:
-    rows = Dataset.from_dict({"labels": [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]})
-    assert chance_levels(["accuracy"], "multi-label-classification", rows) == {"accuracy": 0.75}
+@pytest.mark.parametrize("shares", [(0.45, 0.35, 0.05, 0.03, 0.02), (0.9, 0.6, 0.5), (0.0, 0.1, 0.0), (0.5, 0.5, 0.5)])
+def test_no_constant_set_of_labels_is_better(shares: tuple[float, ...]) -> None:
+    generator = np.random.default_rng(4)
+    labels = (generator.random((40, len(shares))) < shares).astype(int)
+    labels[0, 0] = 1
+    names = ["accuracy", "f1", "macro_f1"]
+    found = chance_levels(names, "multi-label-classification", Dataset.from_dict({"labels": labels.tolist()}))
+    every = [np.tile(answer, (len(labels), 1)) for answer in itertools.product((0, 1), repeat=len(shares))]
+    for name in names:
+        assert found[name] == pytest.approx(max(METRICS[name](answer, labels) for answer in every)), name
 
 
 def test_tokens_by_their_frequency_without_the_first_and_the_ignored() -> None:

@@ -316,6 +316,23 @@ def test_sixteen_bits_multiply_and_float32_does_the_rest() -> None:
             assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("equal", [0.2, 1.0])
+def test_float16_sums_over_many_equal_labels_do_not_overflow(equal: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_loss, "FEWEST_ROWS", 2048)
+    rows = torch.randn(2048, 16, generator=torch.Generator().manual_seed(1)) + 40
+    weight = torch.randn(64, 16, generator=torch.Generator().manual_seed(2)) * 0.02
+    labels = torch.arange(2048) % 64
+    labels[: int(equal * 2048)] = 0
+    found = []
+    for halved in (False, True):
+        head = VocabularyHead(weight.clone().requires_grad_())
+        with torch.autocast("cpu", torch.float16, enabled=halved):
+            task, _ = vocabulary_losses(rows, head, labels)
+        found.append(torch.autograd.grad(task.total / task.count, head.weight)[0])
+    assert equal < 1 or found[0].abs().max() * 2048 > torch.finfo(torch.float16).max, "the sum of a whole chunk"
+    torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=0.01 * found[0].abs().max().item())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     rows, student, labels, teacher_rows, teacher = problem()
     with pytest.raises(UserError, match="vocab_size is 16, but must be from 2 to 15: the student has 17 logits"):

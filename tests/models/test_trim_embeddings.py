@@ -71,8 +71,10 @@ def test_ids_in_the_configurations_are_renumbered() -> None:
     ids = {"pad_token_id": 34, "bos_token_id": 5, "eos_token_id": [8, 40], "sep_token_id": 7}
     whole = tiny_model("llama", "causal-lm", **ids)
     whole.generation_config = GenerationConfig(
-        pad_token_id=34, eos_token_id=[8, 40], bos_token_id=5, suppress_tokens=[7, 21], bad_words_ids=[[7, 21], [21]]
-    )
+        pad_token_id=34, eos_token_id=[8, 40], bos_token_id=5, suppress_tokens=[7, 21], bad_words_ids=[[7, 21], [21]],
+        sequence_bias=[[[21], -10.0], [[7, 21], 2.0], [[5, 21], 3.0]], forced_decoder_ids=[[1, 5], [2, 7]],
+        force_words_ids=[[5], [[7], [21]], [7]],
+    )  # fmt: skip
     trimmed = trim_model(whole, KEPT)
     found = trimmed.config
     assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (8, 4, [5])
@@ -82,6 +84,9 @@ def test_ids_in_the_configurations_are_renumbered() -> None:
     assert (made.pad_token_id, made.eos_token_id, made.bos_token_id) == (8, [5], 4)
     assert made.suppress_tokens == [7]
     assert made.bad_words_ids == [[7]]
+    assert made.sequence_bias == [[[7], -10.0], [[4, 7], 3.0]]
+    assert made.forced_decoder_ids == [[1, 4]]
+    assert made.force_words_ids == [[4], [[7]]]
     assert whole.config.pad_token_id == whole.generation_config.pad_token_id == 34, "the whole one is left alone"
     assert trim_config(whole.config, KEPT).to_dict() == found.to_dict()
     assert ids_to_stay(whole.config) == {34, 5, 8, 40, 7}

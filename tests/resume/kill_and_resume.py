@@ -127,8 +127,9 @@ def main(folder: Path, trials: int, method: str) -> None:
         print(
             json.dumps(
                 {
-                    "method": method, "trial": trial, "killed": how, "checkpoints": found, "finished_before": finished_before,
-                    "status": status, "same": same, "steps_once": len(steps) == len(set(steps)), "left": left,
+                    "method": method, "trial": trial, "killed": how, "checkpoints": found,
+                    "finished_before": finished_before, "status": status, "same": same,
+                    "steps_once": len(steps) == len(set(steps)), "left": left,
                     "as_whole": history(output) == history(folder / "whole"),
                 }
             ),

@@ -114,6 +114,24 @@ def test_a_finished_run_is_not_run_again_unless_asked(tmp_path: Path) -> None:
     assert third.metrics == first.metrics
 
 
+def test_only_an_unfinished_run_goes_on_with_another_way_of_measuring(tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, "none")
+    finished = run(recipe, console=Console(quiet=True))
+    other = {**recipe, "evaluation": {"batch_size": 3, "latency": False, "latency_seq": 4}}
+    with pytest.raises(
+        UserError, match=r"another recipe \(evaluation\.batch_size: 64 there, 3 now; evaluation\.latency"
+    ):
+        run(other, console=Console(quiet=True))
+    written = (finished.student / "model.safetensors").read_bytes()
+    (finished.folder / "evaluation.json").unlink()
+    assert run(other, console=Console(quiet=True)).cost["student"]["seq"] == 4
+    assert (finished.student / "model.safetensors").read_bytes() == written
+    assert yaml.safe_load((finished.folder / "recipe.yaml").read_text())["evaluation"]["batch_size"] == 3
+    (finished.folder / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"evaluation\.metrics"):
+        run({**recipe, "evaluation": {"metrics": ["accuracy"]}}, console=Console(quiet=True))
+
+
 def test_a_folder_with_another_recipes_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path, "none")
     first = run(recipe, console=Console(quiet=True))

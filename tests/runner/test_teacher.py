@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from task_recipes import task_recipe
 from toy_recipe import toy_recipe, write_data, write_teacher
 
 from layerdistill import finetune
@@ -173,6 +174,18 @@ def test_a_headless_teacher_is_refused_unless_it_is_trained(tmp_path: Path, home
     assert run(none, console=QUIET).metrics, "nothing is learned from it"
     recipe["teacher"]["finetune"] = dict(FINETUNE)
     assert run(recipe, console=QUIET).metrics, "the advice is followed in the same folder"
+
+
+def test_a_language_model_without_its_head_is_refused_and_a_tied_one_is_not(tmp_path: Path) -> None:
+    recipe = task_recipe(tmp_path, "causal-lm")
+    write_teacher(tmp_path / "gpt2", "gpt2", "base")
+    assert run(recipe, console=QUIET).metrics, "the head is the embedding"
+    write_teacher(tmp_path / "llama", "llama", "base")
+    recipe |= {"teacher": {"model": str(tmp_path / "llama")}, "output": str(tmp_path / "untied")}
+    with pytest.raises(UserError, match=r"has no trained head for this task \(new weights: lm_head\.weight\)"):
+        run(recipe, console=QUIET)
+    with pytest.raises(UserError, match="has no trained head"):
+        evaluate_folder(str(tmp_path / "llama"), load_recipe(recipe))
 
 
 def test_fine_tuning_that_was_stopped_goes_on_and_ends_the_same(

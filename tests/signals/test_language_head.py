@@ -83,6 +83,16 @@ def capped_elsewhere(model: Any) -> Any:
     return capped
 
 
+def test_of_a_model_elsewhere_the_head_alone_is_copied() -> None:
+    model = tiny_model("llama", "causal-lm")
+    head = LanguageHead(model)
+    matrices = head.matrices(torch.device("meta"))
+    assert matrices is not None
+    assert matrices.weight.device.type == "meta" and not matrices.weight.requires_grad
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}, "it stays where it is"
+    assert head.matrices(torch.device("meta")) is matrices, "once"
+
+
 def test_only_a_plain_linear_head_is_given_as_matrices() -> None:
     model = tiny_model("llama", "causal-lm")
 

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from toy import ToyCollator, toy_dataset
+from toy_recipe import toy_tokenizer
 
 import layerdistill as ld
 from layerdistill.core.fingerprint import fingerprint_model
+from layerdistill.data import Collator
 
 EXACT = [
     ("kd", {}),
@@ -192,6 +194,25 @@ def test_evaluation_inside_training_reports_the_task_loss(tmp_path: Path) -> Non
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
     assert len(evaluated) == 2
     assert 0 <= evaluated[-1]["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_every_token_weighs_the_same_in_the_loss_of_an_evaluation(batch_size: int, tmp_path: Path) -> None:
+    rows = [{"input_ids": [5 + n % 3] * n, "attention_mask": [1] * n, "labels": [5 + n % 3] * n} for n in range(2, 11)]
+    model = tiny_model("gpt2", "causal-lm", num_layers=2, seed=1)
+    args = ld.LayerDistillationConfig(
+        output_dir=str(tmp_path), per_device_eval_batch_size=batch_size, use_cpu=True, disable_tqdm=True
+    )
+    found = ld.LayerDistillationTrainer(
+        model, None, "none", args, rows, eval_dataset=rows, data_collator=Collator(toy_tokenizer(), "causal-lm")
+    ).evaluate()["eval_loss"]
+    total = count = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+        chosen = logits[:-1].log_softmax(-1).gather(1, torch.tensor(row["labels"][1:])[:, None])
+        total, count = total - chosen.sum().item(), count + len(chosen)
+    assert found == pytest.approx(total / count, rel=1e-6)
 
 
 DISTRIBUTED = """

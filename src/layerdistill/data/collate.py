@@ -31,11 +31,23 @@ class Collator:
     padding: Literal["longest", "max_length"] = "longest"
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    padding_token: int | None = None
+    """The id that fills up, see `padding_id`; None for the tokenizer's."""
 
     def __post_init__(self) -> None:
         get_task(self.task)
         if self.padding == "max_length" and self.max_length is None:
             raise UserError("padding to 'max_length' needs max_length. Give it, or pad to 'longest'.")
+
+    @property
+    def filler(self) -> int:
+        """The id that fills up."""
+        return padding_id(self.tokenizer) if self.padding_token is None else self.padding_token
+
+    @property
+    def unusual(self) -> bool:
+        """Whether another id fills up than the tokenizer by itself would have."""
+        return self.filler != padding_id(self.tokenizer)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and (if there) `token_type_ids`, int64 `(batch, seq)`, and `labels`.
@@ -50,7 +62,7 @@ class Collator:
             example.get("attention_mask", torch.ones_like(row)) for example, row in zip(examples, ids, strict=True)
         ]
         batch = {
-            "input_ids": _padded(ids, length, padding_id(self.tokenizer)),
+            "input_ids": _padded(ids, length, self.filler),
             "attention_mask": _padded(masks, length, 0),
         }
         if "token_type_ids" in examples[0]:

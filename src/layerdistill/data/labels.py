@@ -32,6 +32,16 @@ class LabelSpace:
     names: tuple[str, ...]
     problem_type: ProblemType | None
 
+    @property
+    def named(self) -> bool:
+        """Whether the names say more than the ids: LABEL_0, LABEL_1, ... are made up where the data hold bare ids."""
+        return self.names != made_up_names(self.num_labels)
+
+
+def made_up_names(classes: int) -> tuple[str, ...]:
+    """Return what transformers, too, calls classes that have no names."""
+    return tuple(f"LABEL_{number}" for number in range(classes))
+
 
 def rows_named(rows: Sequence[int]) -> str:
     """Return `row 3` or `12 rows (the first: 3, 8, 9, 11, 20)`; rows count from 0, header not counted."""
@@ -160,7 +170,7 @@ def _word_lists(
     stored = _stored_names(splits["train"].features[column])
     if stored is None and _are_vectors(rows["train"]):
         width = len(rows["train"][0])
-        names = config.label_names or [f"LABEL_{number}" for number in range(width)]
+        names = config.label_names or list(made_up_names(width))
         return {split: _from_vectors(part, names, split) for split, part in rows.items()}, names
     return {
         split: _listed_words(part, splits[split].features[column], column, split) for split, part in rows.items()
@@ -215,7 +225,7 @@ def _class_names(train: list[list[Word]], config: DataConfig, stored: list[str] 
             "write the classes as words (they get ids in sorted order), or, when the training data lack a class, name "
             "every class in data.label_names. (-1 often marks labels that are hidden.)"
         )
-    return [f"LABEL_{number}" for number in range(len(words))]
+    return list(made_up_names(len(words)))
 
 
 def _are_names(rows: list[list[Word]]) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 HOMES = {
     "EvaluationConfig": "config",
+    "f1_problems": "config",
     "metric_problems": "config",
     "chance_levels": "chance",
     "EvaluationResult": "evaluator",
@@ -28,6 +29,7 @@ __all__ = [
     "chance_levels",
     "compute_metrics",
     "evaluate_model",
+    "f1_problems",
     "kept_predictions",
     "measure_cost",
     "measure_costs",
@@ -40,7 +42,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from layerdistill.evaluate.chance import chance_levels
-    from layerdistill.evaluate.config import EvaluationConfig, metric_problems
+    from layerdistill.evaluate.config import EvaluationConfig, f1_problems, metric_problems
     from layerdistill.evaluate.cost import measure_cost, measure_costs
     from layerdistill.evaluate.evaluator import EvaluationResult, evaluate_model, metrics_in_training, predict, scores
     from layerdistill.evaluate.metrics import compute_metrics

@@ -16,7 +16,7 @@ from layerdistill.evaluate.metrics import METRICS, UndefinedMetric, perplexity
 def chance_levels(names: Sequence[str], task: str, dataset: Dataset) -> dict[str, float]:
     """Return each metric's value for the best answer that does not depend on the text.
 
-    Classes: the best single class (for accuracy the majority's share). Several labels: each label's majority. Numbers:
+    Classes: the best single class (for accuracy the majority's share). Several labels: see `constant_labels`. Numbers:
     the mean; correlations with a constant count as 0. Language models: the split's own unigram distribution, which no
     model could know, so that the level is a lenient one. Perplexity of dependent windows counts scored tokens only.
     """
@@ -28,8 +28,7 @@ def chance_levels(names: Sequence[str], task: str, dataset: Dataset) -> dict[str
         constants = [np.full(labels.shape, labels.mean())]
     elif task == "multi-label-classification":
         labels = labels.astype(np.int64)
-        majority = (labels.mean(axis=0) >= 0.5).astype(np.int64)
-        constants = [np.tile(answer, (len(labels), 1)) for answer in (majority, np.ones_like(majority))]
+        constants = [np.tile(answer, (len(labels), 1)) for answer in constant_labels(labels)]
     else:
         constants = [np.full(labels.shape, label) for label in np.unique(labels)]
     levels: dict[str, float] = {}
@@ -37,6 +36,22 @@ def chance_levels(names: Sequence[str], task: str, dataset: Dataset) -> dict[str
         values = [value_of(name, constant, labels) for constant in constants]
         levels[name] = min(values) if name in LOWER_IS_BETTER else max(values)
     return levels
+
+
+def constant_labels(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the constant answers `(labels,)` of which one is best by each metric of `labels`, `(examples, labels)`.
+
+    By accuracy, the most frequent row. By macro-F1, every label: a label that is never given has an F1 of 0. By
+    micro-F1, the k most frequent labels for some k: with n_j examples of label j among N, k labels have
+    F1 = 2 sum_j n_j / (N k + all that there are), which is largest with the largest n_j.
+    """
+    rows, counts = np.unique(labels, axis=0, return_counts=True)
+    given = labels.sum(axis=0)
+    order = np.argsort(-given, kind="stable")
+    by_number = 2 * given[order].cumsum() / (len(labels) * np.arange(1, len(given) + 1) + max(given.sum(), 1))
+    frequent = np.zeros_like(given)
+    frequent[order[: by_number.argmax() + 1]] = 1
+    return [rows[counts.argmax()], np.ones_like(given), frequent]
 
 
 def value_of(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:

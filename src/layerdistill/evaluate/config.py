@@ -78,6 +78,16 @@ class EvaluationConfig(SectionConfig):
         return self.latency_seq if self.latency_seq is not None else min(max_length, LATENCY_SEQ_CAP)
 
 
+def f1_problems(names: Sequence[str] | None, classes: int) -> list[str]:
+    """Return whether `f1` is asked of more than two classes (not of several labels each)."""
+    if "f1" not in (names or ()) or classes <= 2:
+        return []
+    return [
+        f"metric 'f1' is the F1 of label 1 among two classes, but there are {classes} classes. Use 'macro_f1', "
+        "the mean over the classes, or 'accuracy'."
+    ]
+
+
 def metric_problems(names: Sequence[str] | None, task: str) -> list[str]:
     """Return one sentence for every name that does not fit `task` (none of them when `names` is None)."""
     if task not in TASK_METRICS:

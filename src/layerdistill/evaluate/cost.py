@@ -18,7 +18,7 @@ from layerdistill.evaluate.config import EvaluationConfig
 from layerdistill.evaluate.inference import forward_inputs, inference, text_config
 from layerdistill.evaluate.latency import interleaved_latency
 from layerdistill.evaluate.memory import peak_allocation
-from layerdistill.models import count_parameters
+from layerdistill.models import count_parameters, positions
 
 MEGABYTE = 10**6
 """Bytes in an MB, as disks are sold."""
@@ -107,7 +107,7 @@ def random_inputs(model: nn.Module, batch: int, seq: int, device: torch.device) 
     `seq` exceeds the model's positions.
     """
     config = text_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = positions(config)
     if limit is not None and 0 < limit < seq:
         raise UserError(
             f"cost is to be measured at {seq} tokens, but the model has {limit} positions. Give "

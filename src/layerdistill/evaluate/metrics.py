@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from layerdistill.core.errors import LayerDistillError, UserError
-from layerdistill.evaluate.config import metric_problems
+from layerdistill.evaluate.config import f1_problems, metric_problems
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """Takes predictions and labels, `(examples,)` or multi-label `(examples, labels)`; see `perplexity` for its own two."""
@@ -33,7 +33,8 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """
     if labels.ndim == 2:
         return float(sklearn_metrics.f1_score(labels, predictions, average="micro", zero_division=0.0))
-    _refuse_f1_of_classes(int(max(predictions.max(), labels.max())) + 1)
+    if problems := f1_problems(("f1",), int(max(predictions.max(), labels.max())) + 1):
+        raise UserError(*problems)
     return float(sklearn_metrics.f1_score(labels, predictions, pos_label=1, zero_division=0.0))
 
 
@@ -116,8 +117,8 @@ def compute_metrics(
         raise UserError("there is nothing to evaluate: the split has no examples.")
     _refuse_not_finite(predictions)
     given, expected = _arrays(task, predictions)
-    if "f1" in names and task == "sequence-classification":
-        _refuse_f1_of_classes(len(predictions["logits"][0]))
+    if task == "sequence-classification" and (problems := f1_problems(names, len(predictions["logits"][0]))):
+        raise UserError(*problems)
     values: dict[str, float | None] = {}
     undefined: dict[str, str] = {}
     for name in names:
@@ -152,14 +153,6 @@ def _refuse_not_finite(predictions: pa.Table) -> None:
             f"the model's output is NaN or infinite for {len(bad)} of {predictions.num_rows} examples (the first is "
             f"example {first!r}), so it has no {'perplexity' if column == 'nll' else 'metrics'}. Training has diverged "
             "or the dtype is too narrow: lower the learning rate, or use float32 or bfloat16 in place of float16."
-        )
-
-
-def _refuse_f1_of_classes(classes: int) -> None:
-    if classes > 2:
-        raise UserError(
-            f"metric 'f1' is the F1 of label 1 among two classes, but there are {classes} classes. Use 'macro_f1', "
-            "the mean over the classes, or 'accuracy'."
         )
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HALF_OF_FLOAT16 = 2.0**15
+"""Half of the largest number of a float16."""
+
 
 @dataclass(frozen=True)
 class VocabularyHead:
@@ -55,6 +58,15 @@ class Projection:
         return logits if logits.dtype == product.dtype else logits.copy_(product)
 
 
+def shrinking(slope: Tensor, rows: Tensor) -> Tensor:
+    """Return what `slope` is divided by, at least 1, so that no sum over the rows of slope x row exceeds a float16.
+
+    The gradient is divided by the number of labels only at the end, where a loss scale cannot help any more.
+    """
+    largest = [torch.linalg.vector_norm(given, ord=float("inf")).float() for given in (slope, rows)]
+    return (largest[0] * largest[1] * (len(slope) / HALF_OF_FLOAT16)).clamp(min=1.0)
+
+
 class HeadGradients:
     """The gradient of all rows, of the weight and of the bias, added up chunk by chunk in full precision.
 
@@ -81,6 +93,9 @@ class HeadGradients:
         if self.rows is not None:
             self.rows[part] = slope @ weight
         if self.weight is not None and self.product is not None:
-            self.weight.add_(torch.mm(slope.t(), rows.to(weight.dtype), out=self.product))
+            shrink = shrinking(slope, rows) if weight.dtype == torch.float16 else None
+            slope = slope if shrink is None else slope.div_(shrink)  # the copy that was made above
+            product = torch.mm(slope.t(), rows.to(weight.dtype), out=self.product)
+            self.weight.add_(product) if shrink is None else self.weight.addcmul_(product, shrink)
         elif self.weight is not None:
             self.weight.addmm_(slope.t(), rows.to(weight.dtype))

@@ -13,6 +13,7 @@ from layerdistill.models.shrink import block_sources, shrink_config
 from layerdistill.models.structure import Stack, depths, find_embeddings, find_head, find_stacks, unwrap, widths
 from layerdistill.models.student import freeze_embeddings, make_student
 from layerdistill.models.tasks import empty_model
+from layerdistill.models.to_dtype import to_dtype
 from layerdistill.models.trim_embeddings import trim_config, trim_model
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "positions",
     "resolve_model_source",
     "shrink_config",
+    "to_dtype",
     "trim_config",
     "trim_model",
     "unwrap",

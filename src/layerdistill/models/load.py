@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.padding import padding_token
 from layerdistill.core.seeds import seeded
 from layerdistill.models.locate import is_local, resolve_model_source
 from layerdistill.models.own_code import class_named, class_to_open
@@ -60,15 +61,16 @@ def load_model(
     """Return the model for `task` in eval mode, with the head of its checkpoint or a fresh one drawn from `seed`.
 
     `task` is a key of `TASK_CLASSES`. `num_labels` None keeps the checkpoint's (1 in regression). `pad_token_id` is set
-    where the configuration has none: decoders need it to classify batches. With `replace_head` a head of another
-    number of labels is thrown away and drawn anew. Raises UserError for an unknown task, a source that cannot be
-    read, weights that are not safetensors or are damaged, and a head or blocks that do not fit.
+    where the configuration has none that is a row of the embedding: decoders need it to classify batches. With
+    `replace_head` a head of another number of labels is thrown away and drawn anew. Raises UserError for an unknown
+    task, a source that cannot be read, weights that are not safetensors or are damaged, and a head or blocks that do
+    not fit.
     """
     model_class = class_for(task)
     source = resolve_model_source(source)
     config = load_config(source, trust_remote_code, revision)
     set_task(config, task, num_labels)
-    if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
+    if pad_token_id is not None and padding_token(config) is None:
         config.pad_token_id = pad_token_id
     if is_local(source):
         check_weights(Path(source))

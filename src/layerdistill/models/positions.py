@@ -6,7 +6,10 @@ from transformers import PretrainedConfig
 
 from layerdistill.models.trim_embeddings import token_ids_named
 
-ROBERTA_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "esm", "ibert"}
+ROBERTA_POSITIONS = {
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mluke", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 """Model types whose position table begins after the padding id."""
 
 

@@ -97,8 +97,26 @@ def _renumber(section: Any, new: Mapping[int, int]) -> None:
             setattr(section, name, (left or None) if isinstance(value, list | tuple) else numbers[0])
         elif name in ("suppress_tokens", "begin_suppress_tokens") and value is not None:
             setattr(section, name, [new[number] for number in value if number in new])
-        elif name == "bad_words_ids" and value is not None:
-            setattr(section, name, [[new[n] for n in word] for word in value if new.keys() >= set(word)] or None)
+        elif name in ("bad_words_ids", "force_words_ids") and value is not None:
+            setattr(section, name, _renumbered_words(value, new) or None)
+        elif name == "sequence_bias" and value is not None:
+            pairs = list(value.items()) if isinstance(value, Mapping) else value
+            kept = [[_renumbered_words([word], new), bias] for word, bias in pairs]
+            setattr(section, name, [[words[0], bias] for words, bias in kept if words] or None)
+        elif name == "forced_decoder_ids" and value is not None:
+            setattr(section, name, [[place, new[token]] for place, token in value if token in new] or None)
+
+
+def _renumbered_words(words: Sequence[Any], new: Mapping[int, int]) -> list[Any]:
+    """Return the words, lists of ids or lists of such lists, whose ids all have new numbers."""
+    found = []
+    for word in words:
+        if word and isinstance(word[0], list | tuple):
+            if choice := _renumbered_words(word, new):
+                found.append(choice)
+        elif new.keys() >= set(word):
+            found.append([new[number] for number in word])
+    return found
 
 
 def _listed(value: Any) -> list[int]:

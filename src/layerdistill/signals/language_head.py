@@ -49,6 +49,7 @@ class LanguageHead:
         head = find_head(model)
         assert head is not None, "a language model has a head"
         self.head: nn.Module = head
+        self.copied: VocabularyHead | None = None
         last = LayerRef("", find_stacks(model)[""].depth)
         with stretched(head) as factors:
             signal = probe(self.model, last)
@@ -73,16 +74,21 @@ class LanguageHead:
         return self._capped(self._product(rows, layer))
 
     def matrices(self, device: torch.device) -> VocabularyHead | None:
-        """Return the head on a device, as tensors that are the model's own; None where it is no plain linear layer.
+        """Return the head on a device, None where it is no plain linear layer.
 
-        The model follows to the device.
+        Its tensors are the model's own. Of a model that is on another device (a teacher whose states are read from a
+        cache) the head alone is copied, once: it must not change.
         """
         head = self.head
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
             return None
-        if head.weight.device != device:
-            self.model.to(device)
-        return VocabularyHead(head.weight, head.bias, self.scale, self.cap)
+        if head.weight.device == device:
+            return VocabularyHead(head.weight, head.bias, self.scale, self.cap)
+        if self.copied is None or self.copied.weight.device != device:
+            weight, bias = (None if given is None else given.detach().to(device) for given in (head.weight, head.bias))
+            assert weight is not None, "a linear layer has a weight"
+            self.copied = VocabularyHead(weight, bias, self.scale, self.cap)
+        return self.copied
 
     def _product(self, rows: Tensor, layer: LayerRef) -> Tensor:
         if next(self.head.parameters()).device != rows.device:

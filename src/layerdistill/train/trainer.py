@@ -17,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging as hf_logging
 
 from layerdistill.core.errors import UserError
@@ -69,6 +69,7 @@ class StageTrainer(Trainer):
         self.stage = stage
         self.teacher_source = stage.teacher or teacher
         self.step_counts: Tensor | None = None
+        self.evaluated = torch.zeros(2)
         self.epoch_sampler: EpochSampler | None = None
         self.partial_folder: Path | None = None
         train_dataset = endless(train_dataset, args)
@@ -164,8 +165,33 @@ class StageTrainer(Trainer):
             logits = student_signal(self.composite.student, inputs, frozenset()).logits
             assert logits is not None, "a student has a head"
             labels = inputs.get("labels")
-            loss = task_loss(self.task, logits, inputs).value if labels is not None else None
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+            loss = task_loss(self.task, logits, inputs) if labels is not None else None
+        if loss is not None:
+            self.evaluated += torch.stack([loss.total.detach(), loss.count]).double().cpu()
+        value = None if loss is None else loss.value
+        return (value, None, None) if prediction_loss_only else (value, logits, labels)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as transformers does, with a loss of which every token of a text weighs the same.
+
+        transformers takes the mean of the batches' means. On several processes the examples by which the last batch is
+        filled up count in a language model's loss.
+        """
+        self.evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.task == "causal-lm" and output.metrics and f"{metric_key_prefix}_loss" in output.metrics:
+            if self.args.world_size > 1:
+                self.evaluated = self.accelerator.reduce(self.evaluated.float().to(self.args.device), "sum")
+            total, count = self.evaluated.tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1.0)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms' means since the last log line; raises UserError when one of them is not finite."""

@@ -1,0 +1,72 @@
+"""Whose class is whose: a trained head and the data have the same classes in the same order, and names are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from toy_recipe import toy_recipe, write_teacher
+
+from layerdistill.core.errors import UserError
+from layerdistill.measurement import evaluate_folder
+from layerdistill.recipe import load_recipe
+from layerdistill.runner import run
+
+QUIET = Console(quiet=True)
+HEAD = ("Neutral", "entailment", "contradiction")
+"""The order of a natural-language inference model; by the alphabet the last would be the first."""
+
+
+def named_recipe(folder: Path, words: bool, names: tuple[str, ...] = HEAD) -> dict[str, Any]:
+    """A recipe whose teacher has named classes, with data that hold words (in small letters) or numbers."""
+    recipe = toy_recipe(folder, "kd", evaluation={"cost": False})
+    write_teacher(folder / "teacher")
+    config = folder / "teacher" / "config.json"
+    named = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    for split in ("train", "validation"):
+        path = folder / "data" / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [{**row, "label": HEAD[row["label"]].lower() if words else row["label"]} for row in rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return recipe
+
+
+def names_of(folder: Path) -> list[str]:
+    return list(json.loads((folder / "config.json").read_text())["id2label"].values())
+
+
+def test_another_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=True)
+    ordered = ["neutral", "entailment", "contradiction"]
+    with pytest.raises(UserError, match=rf"label_names: \[{', '.join(ordered)}\]"):
+        run(recipe, console=QUIET)
+    none = {**recipe, "method": {"name": "none"}, "student": {"model": str(tmp_path / "teacher")}}
+    del none["teacher"]
+    with pytest.raises(UserError, match="classes in another order"):
+        evaluate_folder(str(tmp_path / "teacher"), load_recipe(none))
+    recipe["data"]["label_names"] = ordered
+    result = run(recipe, console=QUIET)
+    assert names_of(result.student) == ordered
+
+    numbers = run(named_recipe(tmp_path / "numbers", words=False), console=QUIET)
+    assert numbers.teacher_metrics == result.teacher_metrics, "the same rows, the same classes"
+
+
+def test_numbers_have_no_names_and_the_teachers_are_kept(tmp_path: Path) -> None:
+    result = run(named_recipe(tmp_path, words=False), console=QUIET)
+    assert names_of(result.student) == list(HEAD)
+
+
+def test_other_names_are_the_datas_and_go_by_number(tmp_path: Path) -> None:
+    result = run(named_recipe(tmp_path, words=True, names=("a", "b", "c")), console=QUIET)
+    assert names_of(result.student) == sorted(name.lower() for name in HEAD)
+
+
+def test_a_teacher_that_is_fine_tuned_learns_the_datas_order(tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=True)
+    recipe["teacher"]["finetune"] = {"max_steps": 2, "per_device_train_batch_size": 4}
+    assert names_of(run(recipe, console=QUIET).student) == sorted(name.lower() for name in HEAD)
