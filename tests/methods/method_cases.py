@@ -76,8 +76,7 @@ def distilled(method: str, family: str, folder: Path, steps: int, **changes: Any
     teacher = make_teacher(method, family)
     args = ld.LayerDistillationConfig(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
-        save_steps=4, logging_steps=5, disable_tqdm=True, lr_scheduler_type="constant", seed=11,
-        **changes,
+        logging_steps=5, disable_tqdm=True, lr_scheduler_type="constant", seed=11, **{"save_steps": 4, **changes},
     )  # fmt: skip
     before = fingerprint_model(teacher)
     result = ld.distill(

@@ -22,7 +22,7 @@ ONE_STAGE = [name for name in METHODS if METHODS[name].one_stage]
 
 @pytest.mark.parametrize(("method", "family"), PAIRS, ids=[f"{method}-{family}" for method, family in PAIRS])
 def test_contract(method: str, family: str, tmp_path: Path) -> None:
-    teacher, student = distilled(method, family, tmp_path / "run", STEPS)
+    teacher, student = distilled(method, family, tmp_path / "run", STEPS, save_steps=20)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     for stage in stages:

@@ -75,7 +75,10 @@ class StageTrainer(Trainer):
         train_dataset = endless(train_dataset, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # torch's DataParallel would cut the batch, but not the teacher's signal
-        super().__init__(model=Composite(stage.student, stage.terms), args=args, train_dataset=train_dataset, **options)
+        # The student with its terms: what `self.model` is below any distributed wrapper, for which accelerate would
+        # look through all modules, several times a step.
+        self.composite = Composite(stage.student, stage.terms)
+        super().__init__(model=self.composite, args=args, train_dataset=train_dataset, **options)
         self.accelerator.state.dynamo_plugin = no_compiler()
         # A measurement goes back through the blocks once for each term. What torch.compile makes of a backward pass may
         # go back once only: it writes over what it has read.
@@ -87,11 +90,6 @@ class StageTrainer(Trainer):
             self.composite.fused = fused_predictions(stage.student, self.teacher_source, task)
         self.term_log = TermLog(stage.terms, gradient_steps)
         self.label_names = ["labels"]
-
-    @property
-    def composite(self) -> Composite:
-        """The student with its terms, without any distributed wrapper."""
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def progress(self) -> Progress:
