@@ -20,9 +20,9 @@ from layerdistill.context import LiveContext
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import read_json, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
-from layerdistill.core.padding import padding_problems
+from layerdistill.core.padding import padding_problems, shared_padding
 from layerdistill.core.types import Method, Pair
-from layerdistill.data import Collator, fingerprint_dataset, padding_id, set_aside
+from layerdistill.data import Collator, fingerprint_dataset, set_aside
 from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, make_student, unwrap, widths
@@ -112,10 +112,12 @@ def head_problems(pair: Pair) -> list[str]:
     return padding_problems(teacher.config, student.config, pair.task)
 
 
-def own_collator(tokenizer: Any, pair: Pair) -> Collator:
-    """Return the collator of a pair of models, which fills up with what they know as padding."""
-    model: Any = pair.student if pair.teacher is None else pair.teacher
-    return Collator(tokenizer, pair.task, padding_token=padding_id(tokenizer, model.config))
+def own_collator(tokenizer: Any, pair: Pair, config: Any) -> Collator:
+    """Return the collator of the models that are run, which fills up with what they know as padding."""
+    student: Any = pair.student
+    teacher: Any = pair.teacher if config.name != "none" else None
+    configs = [model.config for model in (teacher, student) if model is not None]
+    return Collator(tokenizer, pair.task, padding_token=shared_padding(configs, pair.task))
 
 
 def claim_folder(folder: Path, config: Any, pair: Pair, train_dataset: Any, args: TrainingArguments) -> None:
@@ -183,7 +185,7 @@ class LayerDistillationTrainer(StageTrainer):
         check_method(config, pair)
         tokenizer = options.get("processing_class")
         if options.get("data_collator") is None and tokenizer is not None:
-            options["data_collator"] = own_collator(tokenizer, pair)
+            options["data_collator"] = own_collator(tokenizer, pair, config)
         given = StageInput(
             pair.task, {"train": train_dataset}, options.get("data_collator"), tokenizer, args, args.seed,
             Path(str(args.output_dir)), Console(quiet=True),
@@ -249,7 +251,7 @@ def distill(
         check_method(config, pair)
         if args is not None:
             claim_folder(folder, config, pair, train_dataset, args)
-        collator = own_collator(processing_class, pair)
+        collator = own_collator(processing_class, pair, config)
         datasets = {"train": train_dataset} | ({"validation": eval_dataset} if eval_dataset is not None else {})
         if (calibration := getattr(config, "calibration", None)) is not None:
             datasets = set_aside(datasets, calibration, seed)

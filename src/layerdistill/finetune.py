@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.home import MADE_FROM, TEACHERS, home, note_use
+from layerdistill.core.padding import set_padding
 from layerdistill.core.processes import agreed, held
 from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset
@@ -35,7 +37,7 @@ from layerdistill.models.adapters import (
 from layerdistill.models.config import AdapterConfig
 from layerdistill.models.fast_dtype import fast_dtype
 from layerdistill.prepare import Prepared, svd_rank
-from layerdistill.recipe_problems import finetune_arguments
+from layerdistill.recipe_problems import class_names, finetune_arguments
 from layerdistill.train.config import own_defaults
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
@@ -150,7 +152,7 @@ def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> d
 
 
 def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replace_head: bool = False) -> LoadedModel:
-    """Load a model with the head that the task needs and, where they have any, the labels' names in its config."""
+    """Load a model with the head that the task needs, and with the names of the labels in its config."""
     reader = prepared.for_teacher if section is prepared.recipe.teacher else prepared
     loaded = load_model(
         source,
@@ -164,10 +166,18 @@ def open_model(prepared: Prepared, source: str, section: Any, dtype: str, replac
         replace_head=replace_head,
         seed=DEFAULT_SEED,
     )
-    if prepared.labels.named:
-        loaded.model.config.id2label = dict(enumerate(prepared.labels.names))
-        loaded.model.config.label2id = {name: index for index, name in enumerate(prepared.labels.names)}
+    if names := names_of_classes(prepared):
+        loaded.model.config.id2label = dict(enumerate(names))
+        loaded.model.config.label2id = {name: index for index, name in enumerate(names)}
     return loaded
+
+
+def names_of_classes(prepared: Prepared) -> tuple[str, ...]:
+    """Return the data's names; where they hold bare numbers, those of a teacher that has learned the task already."""
+    labels, section, teacher = prepared.labels, prepared.recipe.teacher, prepared.teacher_config
+    if labels.named or teacher is None or section is None or section.finetune is not None:
+        return labels.names
+    return class_names(teacher) if teacher.num_labels == labels.num_labels else labels.names
 
 
 def starting_model(prepared: Prepared, section: TeacherConfig) -> nn.Module:
@@ -176,7 +186,9 @@ def starting_model(prepared: Prepared, section: TeacherConfig) -> nn.Module:
         return open_model(prepared, prepared.teacher_source, section, "float32", replace_head=True).model
     assert prepared.teacher_config is not None, "prepare() has made it of the architecture"
     task, labels = prepared.recipe.data.task, prepared.labels.num_labels or None
-    return new_model(prepared.teacher_config, task, labels, DEFAULT_SEED)
+    config = copy.deepcopy(prepared.teacher_config)
+    set_padding(config, prepared.for_teacher.collator.filler)
+    return new_model(config, task, labels, DEFAULT_SEED)
 
 
 def refuse_random_head(prepared: Prepared, loaded: LoadedModel) -> None:

@@ -115,12 +115,13 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
         prepared = read_with(prepared, tokenizer)
     section = recipe.student_loading
     config = load_config(source, section.trust_remote_code, section.revision)
-    if problems := order_problems(config, prepared.labels, source):
+    if problems := order_problems(config, prepared.labels, source, recipe.data):
         raise UserError(*problems)
+    prepared = padded_for(prepared, config)
     loaded = open_model(prepared, source, section, section.dtype)
     if loaded.fresh_keys:
         raise UserError(
             f"{source} has no trained head for this recipe's task and labels (new weights: "
             f"{', '.join(loaded.fresh_keys[:4])}). Give a model trained on the same task, or the recipe it belongs to."
         )
-    return measure(padded_for(prepared, loaded.model.config), {"model": loaded.model}, None)
+    return measure(prepared, {"model": loaded.model}, None)

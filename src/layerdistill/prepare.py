@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.padding import padding_problems
+from layerdistill.core.padding import padding_problems, shared_padding
 from layerdistill.core.types import Method, Pair
 from layerdistill.data import (
     CALIBRATION,
@@ -23,7 +23,6 @@ from layerdistill.data import (
     label_space,
     load_splits,
     open_tokenizer,
-    padding_id,
     set_aside,
     streamed_blocks,
     tokenise,
@@ -165,7 +164,9 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
         vocabulary = compare_vocabularies(own_tokenizer(teacher_source, tokenizer), tokenizer, *rows)
     pair = pair_without_models(recipe, teacher_config, student_config, vocabulary)
     problems.found += head_problems(recipe, teacher_config, labels)
-    if teacher_config is not None:
+    readers = [student_config]
+    if teacher_config is not None and vocabulary is not None and vocabulary.identical:
+        readers = [teacher_config, student_config]
         problems.found += padding_problems(teacher_config, student_config, recipe.data.task)
     problems.found += tokenizer_problems(recipe, student_source, student_config, tokenizer)
     if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
@@ -186,7 +187,7 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     problems.stop()
     prepared = Prepared(
         recipe, method, teacher_source, teacher_config, student_source, student_config, tokenizer, labels, datasets,
-        make_collator(recipe, tokenizer, teacher_config or student_config), vocabulary, pair, arguments,
+        make_collator(recipe, tokenizer, readers), vocabulary, pair, arguments,
     )  # fmt: skip
     trimmed = recipe.student is not None and recipe.student.vocabulary == "trimmed"
     return with_trimmed_vocabulary(prepared, splits) if trimmed else prepared
@@ -221,7 +222,7 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
         student_config=student_config,
         tokenizer=tokenizer,
         datasets=datasets,
-        collator=make_collator(recipe, tokenizer, student_config),
+        collator=make_collator(recipe, tokenizer, [student_config]),
         vocabulary=check,
         pair=replace(prepared.pair, vocab_size=len(kept) if prepared.pair.vocab_size is not None else None),
         whole=WholeVocabulary(kept, prepared.tokenizer, full, prepared.collator),
@@ -245,7 +246,7 @@ def read_with(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Prepare
 
 def padded_for(prepared: Prepared, model: PreTrainedConfig) -> Prepared:
     """Return the same with batches that are filled up with what `model` knows as padding."""
-    return replace(prepared, collator=make_collator(prepared.recipe, prepared.tokenizer, model))
+    return replace(prepared, collator=make_collator(prepared.recipe, prepared.tokenizer, [model]))
 
 
 def method_problems(
@@ -312,9 +313,9 @@ def tokenizer_problems(
     return [f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."]
 
 
-def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedConfig) -> Collator:
-    """Return the collator that the data section asks for; what fills up is what `model` knows as padding."""
-    data, filler = recipe.data, padding_id(tokenizer, model)
+def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, models: Sequence[PreTrainedConfig]) -> Collator:
+    """Return the collator that the data section asks for; what fills up is what `models` know as padding."""
+    data, filler = recipe.data, shared_padding(models, recipe.data.task)
     return Collator(tokenizer, data.task, data.padding, data.max_length, data.pad_to_multiple_of, filler)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from layerdistill.data import LabelSpace
+from layerdistill.data import DataConfig, LabelSpace
 from layerdistill.evaluate import f1_problems
 from layerdistill.methods.curriculum import too_late
 from layerdistill.recipe import Recipe
@@ -53,9 +53,9 @@ def stream_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def order_problems(model: PreTrainedConfig, labels: LabelSpace, whose: str) -> list[str]:
+def order_problems(model: PreTrainedConfig, labels: LabelSpace, whose: str, data: DataConfig) -> list[str]:
     """Return whether a trained head has the data's classes in another order."""
-    theirs = class_names(model)
+    theirs = [name.casefold() for name in class_names(model)]
     if not labels.named or set(theirs) != {name.casefold() for name in labels.names}:
         return []
     ordered = sorted(labels.names, key=lambda name: theirs.index(name.casefold()))
@@ -63,8 +63,7 @@ def order_problems(model: PreTrainedConfig, labels: LabelSpace, whose: str) -> l
         return []
     return [
         f"The head of {whose} has the classes in another order ({', '.join(ordered)}) than the data "
-        f"({', '.join(labels.names)}), so that each would be taken for another. Where the data's labels are words, "
-        f"write data.label_names: [{', '.join(ordered)}]; numbers or columns have to be brought into this order."
+        f"({', '.join(labels.names)}), so that each would be taken for another. {reordering(data, ordered)}"
     ]
 
 
@@ -80,10 +79,22 @@ def evaluation_problems(recipe: Recipe, labels: LabelSpace, positions: int | Non
     return problems
 
 
-def class_names(model: PreTrainedConfig) -> list[str]:
-    """Return what a configuration calls its classes, in the order of their ids, in small letters."""
+def reordering(data: DataConfig, names: list[str]) -> str:
+    """Return how the data's classes come into the order of `names`, which depends on what makes their order now."""
+    if len(data.label_columns) > 1:
+        return "Give the columns of data.label, and data.label_names if there are any, in the first order."
+    if data.label_names is None:  # words, or numbers with names that are stored with the data
+        return f"Write data.label_names: [{', '.join(names)}]."
+    return (
+        "If the labels in the data are words, give data.label_names in the first order. If they are numbers, or lists "
+        "of 0 and 1, data.label_names only says what they mean: bring the data themselves into the first order."
+    )
+
+
+def class_names(model: PreTrainedConfig) -> tuple[str, ...]:
+    """Return what a configuration calls its classes, in the order of their ids."""
     named: dict[Any, Any] = model.id2label or {}
-    return [str(named[number]).casefold() for number in sorted(named)]
+    return tuple(str(named[number]) for number in sorted(named))
 
 
 def finetune_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -102,12 +113,14 @@ def curriculum_problems(recipe: Recipe, arguments: LayerDistillationConfig, trai
 
 def head_problems(recipe: Recipe, teacher: PreTrainedConfig | None, labels: LabelSpace) -> list[str]:
     """Return why the teacher's head does not fit the labels (a teacher that is fine-tuned first gets a new one)."""
-    if teacher is None or recipe.method.name == "none" or recipe.teacher is None or recipe.teacher.finetune is not None:
+    if teacher is None or recipe.teacher is None or recipe.teacher.finetune is not None:
         return []
     if recipe.data.task == "causal-lm":
         return []
     if teacher.num_labels == labels.num_labels:
-        return order_problems(teacher, labels, f"the teacher {recipe.teacher.name}")
+        return order_problems(teacher, labels, f"the teacher {recipe.teacher.name}", recipe.data)
+    if recipe.method.name == "none":
+        return []
     return [
         f"The head of the teacher {recipe.teacher.name} has {teacher.num_labels} labels, the data has "
         f"{labels.num_labels} ({', '.join(labels.names or ())[:80]}). Take a teacher made for this task, or have it "

@@ -30,9 +30,7 @@ from layerdistill.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE_FILE, EVALUATION_FILE, STUDENT_FOLDER = "recipe.yaml", "evaluation.json", "student"
 DIAGNOSIS_FOLDER = "diagnose"
-MEASURED_AT_THE_END = tuple(
-    f"evaluation.{name}" for name in ("batch_size", "cost", "latency", "latency_batch_sizes", "latency_seq")
-)
+MEASURED_AT_THE_END = {f"evaluation.{name}" for name in ("cost", "latency", "latency_batch_sizes", "latency_seq")}
 """Keys without a part in the training."""
 
 
@@ -66,7 +64,11 @@ def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
         return
     before = flatten(with_defaults(yaml.safe_load(path.read_text(encoding="utf-8"))))
     now = flatten(yaml.safe_load(dump_recipe(recipe)))
-    free = {"output"} if (folder / EVALUATION_FILE).exists() else {"output", *MEASURED_AT_THE_END}
+    free = {"output"}
+    if not (folder / EVALUATION_FILE).exists():
+        free |= MEASURED_AT_THE_END
+        # Rows by which a method chooses are read in batches of this size: another one rounds otherwise.
+        free |= {"evaluation.batch_size"} if getattr(recipe.method, "calibration", None) is None else set()
     differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
     if "method.name" in differ:  # its options differ only because it does
         differ = ["method.name", *(key for key in differ if not key.startswith("method."))]

@@ -6,9 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from tiny_models import tiny_batch, tiny_model
 
 from layerdistill.models import find_embeddings, find_head, to_dtype, trim_model
+
+UNUSUAL = {
+    "xglm": lambda: hf.XGLMForCausalLM(
+        hf.XGLMConfig(vocab_size=20, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2)
+    ),
+    "esm": lambda: hf.EsmModel(
+        hf.EsmConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            pad_token_id=1, position_embedding_type="rotary",
+        )
+    ),
+    "t5": lambda: hf.T5Model(hf.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gpt-neox", "qwen3", "phi"])
@@ -24,6 +38,24 @@ def test_it_is_the_model_that_is_opened_in_that_dtype(family: str, tmp_path: Pat
     batch = tiny_batch(model)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, opened(**batch).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["xglm", "esm", "t5"])
+def test_buffers_and_modules_of_their_own_kind(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """XGLM adds a buffer that is not saved to its states; ESM saves its frequencies; T5 keeps a matrix in float32."""
+    model = UNUSUAL[kind]().eval()
+    model.save_pretrained(tmp_path)
+    opened = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
+    to_dtype(dtype, [model])
+    found, expected = (dict(each.named_buffers()) | dict(each.named_parameters()) for each in (model, opened))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    with torch.no_grad():
+        model(
+            input_ids=torch.tensor([[5, 6, 7]]), **({"decoder_input_ids": torch.tensor([[5]])} if kind == "t5" else {})
+        )
 
 
 def test_what_is_shared_stays_shared() -> None:

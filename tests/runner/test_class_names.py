@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from toy_recipe import toy_recipe, write_teacher
+from toy_recipe import toy_recipe, toy_tokenizer, write_teacher
 
 from layerdistill.core.errors import UserError
 from layerdistill.measurement import evaluate_folder
@@ -45,6 +45,8 @@ def test_another_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"label_names: \[{', '.join(ordered)}\]"):
         run(recipe, console=QUIET)
     none = {**recipe, "method": {"name": "none"}, "student": {"model": str(tmp_path / "teacher")}}
+    with pytest.raises(UserError, match="classes in another order"):
+        run(none, console=QUIET)
     del none["teacher"]
     with pytest.raises(UserError, match="classes in another order"):
         evaluate_folder(str(tmp_path / "teacher"), load_recipe(none))
@@ -59,6 +61,27 @@ def test_another_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
 def test_numbers_have_no_names_and_the_teachers_are_kept(tmp_path: Path) -> None:
     result = run(named_recipe(tmp_path, words=False), console=QUIET)
     assert names_of(result.student) == list(HEAD)
+
+
+def test_names_of_a_task_that_the_teacher_was_not_made_for_are_not(tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=False)
+    recipe["teacher"]["finetune"] = {"max_steps": 2, "per_device_train_batch_size": 4}
+    assert names_of(run(recipe, console=QUIET).student) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_student_of_its_own_gets_the_teachers_names(tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=False)
+    write_teacher(tmp_path / "own", num_layers=2)
+    toy_tokenizer().save_pretrained(tmp_path / "own")
+    recipe["student"] = {"model": str(tmp_path / "own")}
+    assert names_of(run(recipe, console=QUIET).student) == list(HEAD)
+
+
+def test_names_that_the_recipe_gave_to_numbers_are_not_to_be_exchanged(tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=False)
+    recipe["data"]["label_names"] = sorted(name.lower() for name in HEAD)
+    with pytest.raises(UserError, match=r"label_names only says what they mean: bring the data themselves"):
+        run(recipe, console=QUIET)
 
 
 def test_other_names_are_the_datas_and_go_by_number(tmp_path: Path) -> None:

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 POOLED = ("sequence-classification", "multi-label-classification", "regression")
 """Tasks in which a decoder answers at the last token that is not padding."""
 
 
 def padding_token(config: PretrainedConfig) -> int | None:
-    """Return `config.pad_token_id`, None where there is none or it is no row of the embedding (-1)."""
-    token = getattr(config, "pad_token_id", None)
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    return token if isinstance(token, int) and token >= 0 and (rows is None or token < rows) else None
+    """Return the configuration's `pad_token_id`, None where there is none or it is no row of the embedding (-1)."""
+    text: Any = config.get_text_config()
+    token = getattr(text, "pad_token_id", None)
+    return token if isinstance(token, int) and 0 <= token < text.vocab_size else None
+
+
+def set_padding(config: PretrainedConfig, token: int) -> None:
+    """Write what batches are filled up with into a configuration that knows no padding, if it is a row there."""
+    text: Any = config.get_text_config()
+    if padding_token(config) is None and token < text.vocab_size:
+        text.pad_token_id = config.pad_token_id = token
+
+
+def ends_at_padding(config: PretrainedConfig, task: str) -> bool:
+    """Whether a model finds the end of a text by its padding; encoders answer at the first token, or at all of them."""
+    kind = config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder
+    return task in POOLED and not encoder and (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def shared_padding(configs: Sequence[PretrainedConfig], task: str) -> int | None:
+    """Return the token that fills up batches for models of one vocabulary, None where none of them knows one.
+
+    It is that of the first model that finds the end of a text by it, else of the first that has one.
+    """
+    rows = min(config.get_text_config().vocab_size for config in configs)
+    ordered = sorted(configs, key=lambda config: not ends_at_padding(config, task))
+    known = [token for config in ordered if (token := padding_token(config)) is not None and token < rows]
+    return known[0] if known else None
 
 
 def padding_problems(teacher: PretrainedConfig, student: PretrainedConfig, task: str) -> list[str]:
     """Return why no batch can be filled up for both models."""
-    theirs, ours = padding_token(teacher), padding_token(student)
-    if task not in POOLED or theirs is None or ours is None or theirs == ours:
+    theirs, ours = (padding_token(config) if ends_at_padding(config, task) else None for config in (teacher, student))
+    if theirs is None or ours is None or theirs == ours:
         return []
     return [
-        f"config.pad_token_id is {theirs} in the teacher and {ours} in the student, but one batch is filled up for "
-        "both, and decoders find the end of a text by it. Write the teacher's into the student's config.json."
+        f"pad_token_id is {theirs} in the teacher's configuration and {ours} in the student's, but one batch is filled "
+        "up for both, and both find the end of a text by it. Save the student with the teacher's (config.json)."
     ]

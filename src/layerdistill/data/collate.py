@@ -32,7 +32,7 @@ class Collator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     padding_token: int | None = None
-    """The id that fills up, see `padding_id`; None for the tokenizer's."""
+    """The id that fills up, see `core.padding.shared_padding`; None for the tokenizer's, see `padding_id`."""
 
     def __post_init__(self) -> None:
         get_task(self.task)

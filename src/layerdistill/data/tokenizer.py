@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.padding import padding_token
 from layerdistill.data.paths import is_hub_id, listed_places, locate
 
 CONFIGURED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
@@ -63,15 +62,12 @@ def _has_capitals(vocabulary: Path) -> bool:
     return any(word != word.lower() for word in words if not word.startswith("["))
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> int:
-    """Return the id that fills up a batch: the model's pad token's, the tokenizer's, its end of text's (GPT-2), or 0.
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills up a batch: the pad token's, else the end-of-text token's (GPT-2), else 0.
 
     Which id it is does not matter to a model that is given the attention mask, but a decoder that classifies reads the
-    last token that is not `config.pad_token_id`. So that id comes first, unless it is no row of the embedding.
+    last token that is not `config.pad_token_id`: see `core.padding`.
     """
-    known = padding_token(config) if config is not None else None
-    if known is not None:
-        return known
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.padding import padding_token
+from layerdistill.core.padding import set_padding
 from layerdistill.core.seeds import seeded
 from layerdistill.models.locate import is_local, resolve_model_source
 from layerdistill.models.own_code import class_named, class_to_open
@@ -70,8 +70,8 @@ def load_model(
     source = resolve_model_source(source)
     config = load_config(source, trust_remote_code, revision)
     set_task(config, task, num_labels)
-    if pad_token_id is not None and padding_token(config) is None:
-        config.pad_token_id = pad_token_id
+    if pad_token_id is not None:
+        set_padding(config, pad_token_id)
     if is_local(source):
         check_weights(Path(source))
     model_class = class_to_open(model_class, config)
