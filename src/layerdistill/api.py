@@ -109,7 +109,7 @@ def head_problems(pair: Pair) -> list[str]:
     labels = teacher.config.num_labels, student.config.num_labels
     if pair.task != "causal-lm" and labels[0] != labels[1]:
         return [f"The teacher has {labels[0]} labels, the student {labels[1]}. Take models made for the same labels."]
-    return padding_problems(teacher.config, student.config, pair.task)
+    return padding_problems([teacher.config, student.config], pair.task)
 
 
 def own_collator(tokenizer: Any, pair: Pair, config: Any) -> Collator:

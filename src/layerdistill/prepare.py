@@ -44,7 +44,13 @@ from layerdistill.models import (
 )
 from layerdistill.models.adapter_files import planned_adapters
 from layerdistill.recipe import Recipe
-from layerdistill.recipe_problems import curriculum_problems, evaluation_problems, head_problems, section_problems
+from layerdistill.recipe_problems import (
+    curriculum_problems,
+    evaluation_problems,
+    head_problems,
+    section_problems,
+    strategy_problems,
+)
 from layerdistill.train.config import LayerDistillationConfig, build_arguments
 
 Result = TypeVar("Result")
@@ -139,12 +145,8 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     problems.found += metric_problems(recipe.evaluation.metrics, recipe.data.task)
     problems.found += section_problems(recipe)
     splits = problems.attempt(load_splits, recipe.data, recipe.base, memory)
-    finetune = (recipe.teacher.finetune if recipe.teacher is not None else None) or {}
-    for place, given in (("training", recipe.training), ("teacher.finetune", finetune)):
-        if splits is not None and "validation" not in splits and given.get("eval_strategy", "no") != "no":
-            problems.found.append(
-                f"{place}.eval_strategy asks for evaluations, but data.validation is missing. Add it."
-            )
+    if splits is not None and "validation" not in splits:
+        problems.found += strategy_problems(recipe)
     labels = problems.attempt(label_space, splits, recipe.data) if splits is not None else None
     teacher_source, teacher_config = model_config(recipe.teacher, recipe, problems)
     own_model = recipe.student is not None and recipe.student.model is not None
@@ -166,8 +168,8 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
     problems.found += head_problems(recipe, teacher_config, labels)
     readers = [student_config]
     if teacher_config is not None and vocabulary is not None and vocabulary.identical:
-        readers = [teacher_config, student_config]
-        problems.found += padding_problems(teacher_config, student_config, recipe.data.task)
+        readers.insert(0, teacher_config)
+    problems.found += padding_problems(readers, recipe.data.task)
     problems.found += tokenizer_problems(recipe, student_source, student_config, tokenizer)
     if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
         problems.found.append(

@@ -35,6 +35,16 @@ def section_problems(recipe: Recipe) -> list[str]:
     return [*problems, *stream_problems(recipe)] if recipe.data.streaming else problems
 
 
+def strategy_problems(recipe: Recipe) -> list[str]:
+    """Return which training asks for evaluations on the way, of a recipe without data to evaluate on."""
+    finetune = (recipe.teacher.finetune if recipe.teacher is not None else None) or {}
+    return [
+        f"{place}.eval_strategy asks for evaluations, but data.validation is missing. Add it."
+        for place, given in (("training", recipe.training), ("teacher.finetune", finetune))
+        if given.get("eval_strategy", "no") != "no"
+    ]
+
+
 def stream_problems(recipe: Recipe) -> list[str]:
     """Return what cannot be done with training data that are a stream."""
     problems = []

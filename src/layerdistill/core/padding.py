@@ -44,12 +44,14 @@ def shared_padding(configs: Sequence[PretrainedConfig], task: str) -> int | None
     return known[0] if known else None
 
 
-def padding_problems(teacher: PretrainedConfig, student: PretrainedConfig, task: str) -> list[str]:
-    """Return why no batch can be filled up for both models."""
-    theirs, ours = (padding_token(config) if ends_at_padding(config, task) else None for config in (teacher, student))
-    if theirs is None or ours is None or theirs == ours:
+def padding_problems(configs: Sequence[PretrainedConfig], task: str) -> list[str]:
+    """Return why no batch can be filled up for all of these models, a teacher and a student (or one of them)."""
+    tokens = [padding_token(config) for config in configs if ends_at_padding(config, task)]
+    needed = list(dict.fromkeys(token for token in tokens if token is not None))
+    if len(needed) < 2:
         return []
     return [
-        f"pad_token_id is {theirs} in the teacher's configuration and {ours} in the student's, but one batch is filled "
-        "up for both, and both find the end of a text by it. Save the student with the teacher's (config.json)."
+        f"pad_token_id is {needed[0]} in the teacher's configuration and {needed[1]} in the student's, but one batch "
+        "is filled up for both, and both find the end of a text by it. Save the student with the teacher's, in its "
+        "config.json."
     ]
