@@ -20,9 +20,9 @@ from layerdistill.context import LiveContext
 from layerdistill.core.errors import UserError
 from layerdistill.core.files import read_json, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
-from layerdistill.core.padding import padding_problems, shared_padding
+from layerdistill.core.padding import padding_problems
 from layerdistill.core.types import Method, Pair
-from layerdistill.data import Collator, fingerprint_dataset, set_aside
+from layerdistill.data import Collator, filler_for, fingerprint_dataset, set_aside
 from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, make_student, unwrap, widths
@@ -69,7 +69,7 @@ def make_pair(teacher: Any, student: Any, seed: int = 42) -> Pair:
     task = task_of(student)
     adapters = peft_adapters(teacher)
     teacher = unwrap(teacher) if adapters is not None else teacher
-    rows = [model.config.vocab_size for model in (teacher, student) if model is not None]
+    rows = [model.config.get_text_config().vocab_size for model in (teacher, student) if model is not None]
     return Pair(
         teacher, student, task,
         depths(teacher) if teacher is not None else {}, depths(student),
@@ -117,7 +117,7 @@ def own_collator(tokenizer: Any, pair: Pair, config: Any) -> Collator:
     student: Any = pair.student
     teacher: Any = pair.teacher if config.name != "none" else None
     configs = [model.config for model in (teacher, student) if model is not None]
-    return Collator(tokenizer, pair.task, padding_token=shared_padding(configs, pair.task))
+    return Collator(tokenizer, pair.task, padding_token=filler_for(tokenizer, configs, pair.task))
 
 
 def claim_folder(folder: Path, config: Any, pair: Pair, train_dataset: Any, args: TrainingArguments) -> None:

@@ -20,7 +20,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors, whole_folder, write_json
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.home import MADE_FROM, TEACHERS, home, note_use
-from layerdistill.core.padding import set_padding
+from layerdistill.core.padding import set_padding, unusual_padding
 from layerdistill.core.processes import agreed, held
 from layerdistill.core.types import Stage
 from layerdistill.data import fingerprint_dataset
@@ -36,7 +36,7 @@ from layerdistill.models.adapters import (
 )
 from layerdistill.models.config import AdapterConfig
 from layerdistill.models.fast_dtype import fast_dtype
-from layerdistill.prepare import Prepared, svd_rank
+from layerdistill.prepare import Prepared, make_collator, svd_rank
 from layerdistill.recipe_problems import class_names, finetune_arguments
 from layerdistill.train.config import own_defaults
 from layerdistill.train.stage import StageInput, run_stage
@@ -187,7 +187,7 @@ def starting_model(prepared: Prepared, section: TeacherConfig) -> nn.Module:
     assert prepared.teacher_config is not None, "prepare() has made it of the architecture"
     task, labels = prepared.recipe.data.task, prepared.labels.num_labels or None
     config = copy.deepcopy(prepared.teacher_config)
-    set_padding(config, prepared.for_teacher.collator.filler)
+    set_padding(config, task, prepared.for_teacher.collator.filler)
     return new_model(config, task, labels, DEFAULT_SEED)
 
 
@@ -206,8 +206,8 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
     """Return what identifies a fine-tuned teacher: first weights, tokenised training data, arguments, versions."""
     assert prepared.recipe.teacher is not None
     lora = "lora" in (prepared.recipe.teacher.finetune or {})
-    collator = prepared.for_teacher.collator
-    filler = [collator.filler] if collator.unusual else []
+    collator = make_collator(prepared.recipe, prepared.for_teacher.tokenizer, [model.config])
+    filler = unusual_padding(model.config, prepared.recipe.data.task, collator)
     return fingerprint_json(
         {
             "weights": fingerprint_model(model),
@@ -215,20 +215,27 @@ def teacher_fingerprint(prepared: Prepared, model: Any) -> str:
             "processes": PartialState().num_processes,
             "data": fingerprint_dataset(prepared.for_teacher.datasets["train"]),
             "task": prepared.recipe.data.task,
-            "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of, *filler],
+            "padding": [prepared.recipe.data.padding, prepared.recipe.data.pad_to_multiple_of],
+            **({"padding token": filler} if filler is not None else {}),
             "finetune": {**own_defaults(), **(prepared.recipe.teacher.finetune or {})},
             "versions": [torch.__version__, transformers.__version__, *([peft.__version__] if lora else [])],
         }
     )
 
 
-def make_teacher(prepared: Prepared, model: nn.Module, folder: Path, make_input: Callable[[Path], StageInput]) -> None:
+def make_teacher(prepared: Prepared, model: Any, folder: Path, make_input: Callable[[Path], StageInput]) -> None:
     """Fine-tune `model` on the labels and put it in `folder`; an interrupted fine-tuning goes on where it was."""
     assert prepared.recipe.teacher is not None and prepared.recipe.teacher.finetune is not None
     work = folder.with_name(f"{folder.name}.work")
     seed = int(prepared.recipe.teacher.finetune.get("seed", DEFAULT_SEED))
-    data = {name: getattr(prepared.for_teacher, name) for name in ("datasets", "collator", "tokenizer")}
-    given = replace(make_input(work), training=finetune_arguments(prepared.recipe), seed=seed, **data)
+    given = replace(
+        make_input(work),
+        training=finetune_arguments(prepared.recipe),
+        seed=seed,
+        datasets=prepared.for_teacher.datasets,
+        tokenizer=prepared.for_teacher.tokenizer,
+        collator=make_collator(prepared.recipe, prepared.for_teacher.tokenizer, [model.config]),
+    )
     lora = prepared.recipe.teacher.finetune.get("lora")
     if lora is not None:
         shape = AdapterConfig(**lora)

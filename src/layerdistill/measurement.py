@@ -15,11 +15,12 @@ from transformers import PreTrainedConfig
 from layerdistill import evaluate
 from layerdistill.core.errors import UserError
 from layerdistill.core.fingerprint import fingerprint_files, fingerprint_model
-from layerdistill.data import collate, fingerprint_dataset
+from layerdistill.core.padding import unusual_padding
+from layerdistill.data import Collator, collate, fingerprint_dataset
 from layerdistill.evaluate import chance_levels, kept_predictions, measure_costs, predict, save_predictions, scores
 from layerdistill.finetune import open_model
 from layerdistill.models import load_config, resolve_model_source
-from layerdistill.prepare import Prepared, own_tokenizer, padded_for, prepare, read_with
+from layerdistill.prepare import Prepared, make_collator, own_tokenizer, padded_for, prepare, read_with
 from layerdistill.recipe import Recipe
 from layerdistill.recipe_problems import order_problems
 from layerdistill.run_folder import RECIPE_FILE, STUDENT_FOLDER
@@ -54,22 +55,25 @@ def measure(prepared: Prepared, models: dict[str, nn.Module], folder: Path | Non
     return result
 
 
-def answers(prepared: Prepared, name: str, model: nn.Module, split: str) -> pa.Table:
+def answers(prepared: Prepared, name: str, model: Any, split: str) -> pa.Table:
     """Return the predictions of a model; a teacher's are kept for all its runs, unless `teacher.cache` is off."""
     reader = prepared.for_teacher if name == "teacher" else prepared
     recipe, device, rows = prepared.recipe, PartialState().device, reader.datasets[split]
+    # Each by itself: what fills up is what this model knows as padding, whatever the other's is.
+    collator = make_collator(recipe, reader.tokenizer, [model.config])
 
     def ask() -> pa.Table:
-        return predict(model, rows, reader.collator, recipe.data.task, recipe.evaluation.batch_size, device)
+        return predict(model, rows, collator, recipe.data.task, recipe.evaluation.batch_size, device)
 
     section = recipe.teacher if name == "teacher" else None
     if section is None or section.cache == "off" or section.trust_remote_code:  # code from elsewhere has no fingerprint
         return ask()
-    return kept_predictions(identity_of(model, reader, rows, recipe), ask)
+    return kept_predictions(identity_of(model, collator, rows, recipe), ask)
 
 
-def identity_of(model: nn.Module, reader: Any, rows: Dataset, recipe: Recipe) -> dict[str, Any]:
+def identity_of(model: Any, collator: Collator, rows: Dataset, recipe: Recipe) -> dict[str, Any]:
     """Return all that the predictions of a model depend on, our own code among it."""
+    filler = unusual_padding(model.config, recipe.data.task, collator)
     described = model.config.to_dict() if isinstance(model.config, PreTrainedConfig) else {}
     return {
         "model": fingerprint_model(model),
@@ -77,8 +81,9 @@ def identity_of(model: nn.Module, reader: Any, rows: Dataset, recipe: Recipe) ->
         "config": {name: value for name, value in described.items() if name != "_name_or_path"},
         "attention": getattr(model.config, "_attn_implementation", None),
         "data": fingerprint_dataset(rows),
-        "tokenizer": fingerprint_tokenizer(reader.tokenizer),
+        "tokenizer": fingerprint_tokenizer(collator.tokenizer),
         "padding": [recipe.data.padding, recipe.data.max_length],
+        **({"padding token": filler} if filler is not None else {}),
         "task": recipe.data.task,
         "batch size": recipe.evaluation.batch_size,
         "device": PartialState().device.type,
@@ -103,7 +108,7 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     The data is read by the model's own tokenizer where it brings one.
     Raises UserError when the model's outputs do not fit the data's labels.
     """
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, together=False)
     folder = Path(model)
     if (folder / RECIPE_FILE).exists() and not (folder / STUDENT_FOLDER).is_dir():
         raise UserError(

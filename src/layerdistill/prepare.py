@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
-from layerdistill.core.padding import padding_problems, shared_padding
+from layerdistill.core.padding import ends_at_padding, padding_problems, padding_token
 from layerdistill.core.types import Method, Pair
 from layerdistill.data import (
     CALIBRATION,
@@ -20,6 +20,7 @@ from layerdistill.data import (
     LabelSpace,
     VocabularyCheck,
     compare_vocabularies,
+    filler_for,
     label_space,
     load_splits,
     open_tokenizer,
@@ -135,9 +136,10 @@ class Problems:
             raise UserError(*self.found)
 
 
-def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
+def prepare(recipe: Recipe, memory: dict[str, Any] | None = None, together: bool = True) -> Prepared:
     """Resolve and check a recipe without loading weights; `memory` gives splits that are in memory already.
 
+    Unless `together`, its models are not asked about the same batches, and need not be able to be.
     Raises UserError with every problem found.
     """
     problems = Problems()
@@ -162,13 +164,13 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None) -> Prepared:
 
     vocabulary = None
     if teacher_config is not None:
-        rows = teacher_config.vocab_size, student_config.vocab_size
+        rows = (config.get_text_config().vocab_size for config in (teacher_config, student_config))
         vocabulary = compare_vocabularies(own_tokenizer(teacher_source, tokenizer), tokenizer, *rows)
     pair = pair_without_models(recipe, teacher_config, student_config, vocabulary)
-    problems.found += head_problems(recipe, teacher_config, labels)
     readers = [student_config]
-    if teacher_config is not None and vocabulary is not None and vocabulary.identical:
-        readers.insert(0, teacher_config)
+    if teacher_config is not None and vocabulary is not None and vocabulary.identical and together:
+        problems.found += head_problems(recipe, teacher_config, labels)
+        readers = [teacher_config, student_config] if recipe.method.name != "none" else readers
     problems.found += padding_problems(readers, recipe.data.task)
     problems.found += tokenizer_problems(recipe, student_source, student_config, tokenizer)
     if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
@@ -219,6 +221,8 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
     kept, tokenizer = vocabulary.kept, vocabulary.tokenizer
     check = VocabularyCheck(True, len(kept), len(kept), f"{len(kept)} of the teacher's tokens, under other ids")
     student_config = trim_config(prepared.student_config, kept)
+    if problems := trimmed_padding_problems(prepared.student_config, student_config, recipe):
+        raise UserError(*problems)
     trimmed = replace(
         prepared,
         student_config=student_config,
@@ -232,6 +236,18 @@ def with_trimmed_vocabulary(prepared: Prepared, splits: dict[str, Dataset]) -> P
     if problems := trimmed.method.problems(recipe.method, trimmed.pair):
         raise UserError(*problems)
     return trimmed
+
+
+def trimmed_padding_problems(whole: PreTrainedConfig, trimmed: PreTrainedConfig, recipe: Recipe) -> list[str]:
+    """Return whether the id by which the models find the end of a text is lost with the vocabulary."""
+    token = padding_token(whole)
+    if token is None or padding_token(trimmed) is not None or not ends_at_padding(whole, recipe.data.task):
+        return []
+    return [
+        f"student.vocabulary is 'trimmed', but pad_token_id is {token} in the teacher's configuration, which finds the "
+        "end of a text by it, and its tokenizer has no such token to keep. Save the teacher with a tokenizer whose "
+        "pad token has that id, or write vocabulary: full."
+    ]
 
 
 def read_with(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -309,7 +325,9 @@ def tokenizer_problems(
     """Return why `data.tokenizer` does not fit a student that brings its own."""
     if recipe.data.tokenizer is None or student_source is None:
         return []
-    own = compare_vocabularies(own_tokenizer(student_source, tokenizer), tokenizer, *(2 * [student.vocab_size]))
+    own = compare_vocabularies(
+        own_tokenizer(student_source, tokenizer), tokenizer, *(2 * [student.get_text_config().vocab_size])
+    )
     if own.identical:
         return []
     return [f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."]
@@ -317,7 +335,7 @@ def tokenizer_problems(
 
 def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, models: Sequence[PreTrainedConfig]) -> Collator:
     """Return the collator that the data section asks for; what fills up is what `models` know as padding."""
-    data, filler = recipe.data, shared_padding(models, recipe.data.task)
+    data, filler = recipe.data, filler_for(tokenizer, models, recipe.data.task)
     return Collator(tokenizer, data.task, data.padding, data.max_length, data.pad_to_multiple_of, filler)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sized
 from typing import Any
 
@@ -39,9 +40,10 @@ def strategy_problems(recipe: Recipe) -> list[str]:
     """Return which training asks for evaluations on the way, of a recipe without data to evaluate on."""
     finetune = (recipe.teacher.finetune if recipe.teacher is not None else None) or {}
     return [
-        f"{place}.eval_strategy asks for evaluations, but data.validation is missing. Add it."
+        f"{place}.{name} asks for evaluations, but data.validation is missing. Add it."
         for place, given in (("training", recipe.training), ("teacher.finetune", finetune))
-        if given.get("eval_strategy", "no") != "no"
+        for name, none in (("eval_strategy", "no"), ("eval_on_start", False))
+        if given.get(name, none) != none
     ]
 
 
@@ -94,7 +96,8 @@ def reordering(data: DataConfig, names: list[str]) -> str:
     if len(data.label_columns) > 1:
         return "Give the columns of data.label, and data.label_names if there are any, in the first order."
     if data.label_names is None:  # words, or numbers with names that are stored with the data
-        return f"Write data.label_names: [{', '.join(names)}]."
+        # Quoted: in YAML a bare yes is true and a bare 2 a number. JSON is YAML, too.
+        return f"Write data.label_names: {json.dumps(names, ensure_ascii=False)}."
     return (
         "If the labels in the data are words, give data.label_names in the first order. If they are numbers, or lists "
         "of 0 and 1, data.label_names only says what they mean: bring the data themselves into the first order."

@@ -18,6 +18,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.home import CACHES, home, note_use
 from layerdistill.core.needs import needs_during
+from layerdistill.core.padding import unusual_padding
 from layerdistill.core.processes import agreed
 from layerdistill.core.types import Batch, Needs, Stage, TeacherSource
 from layerdistill.data import fingerprint_dataset
@@ -174,12 +175,13 @@ class StageTeachers:
         """Return what a cache belongs to, by names that a message can use."""
         assert self.live is not None
         data: Any = self.given.datasets["train"]
-        model = self.live.model
+        model: Any = self.live.model
+        filler = unusual_padding(model.config, self.given.task, self.given.collator)
         teacher = {
             "teacher": fingerprint_model(model),
             "teacher's class": type(model).__name__,
             "tokenizer": fingerprint_tokenizer(self.given.tokenizer),
-            **({"padding token": self.given.collator.filler} if getattr(self.given.collator, "unusual", False) else {}),
+            **({"padding token": filler} if filler is not None else {}),
         }
         if not isinstance(self.given.datasets["train"], Sized):
             return {**teacher, "data": "any stream"}

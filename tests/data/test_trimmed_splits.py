@@ -11,7 +11,8 @@ from test_trim_vocabulary import bert, byte_level, corpus
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from layerdistill.data import label_space, load_splits, padding_id, tokenise, trimmed_splits
+from layerdistill.data import label_space, load_splits, tokenise, trimmed_splits
+from layerdistill.data.tokenizer import padding_id
 from layerdistill.data.trimmed_splits import renumbered, used_ids
 
 

@@ -10,7 +10,7 @@ import transformers as hf
 
 from layerdistill.core.errors import UserError
 from layerdistill.evaluate import EvaluationConfig, measure_cost
-from layerdistill.models import positions
+from layerdistill.models import fewest_positions, positions
 
 TABLE = 40
 SHAPE = {
@@ -29,11 +29,13 @@ MODELS: dict[str, Any] = {
     "xmod": hf.XmodConfig,
     "ibert": hf.IBertConfig,
     "luke": hf.LukeConfig,
+    "layoutlmv3": hf.LayoutLMv3Config,
     "lilt": hf.LiltConfig,
     "markuplm": hf.MarkupLMConfig,
 }
 OWN = {
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 16}, "xmod": {"default_language": "en_XX"},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "visual_embed": False},
     "lilt": {"hidden_size": 24, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 64},
     "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 4, "max_xpath_tag_unit_embeddings": 300},
 }  # fmt: skip
@@ -52,6 +54,13 @@ def test_that_many_tokens_and_no_more(kind: str) -> None:
         model(input_ids=torch.full((1, held), 5))
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, held + 1), 5))
+
+
+def test_minus_one_is_no_limit() -> None:
+    config = hf.XLNetConfig()
+    assert config.max_position_embeddings == -1
+    assert positions(config) is None
+    assert fewest_positions(config, model_of("bert").config) == TABLE
 
 
 def test_cost_is_not_measured_beyond_them() -> None:

@@ -276,6 +276,8 @@ def test_evaluations_need_validation_data(section: str, recipes: dict[str, Any])
     prepared(recipe)
     problem = only_problem(recipe, f"{section}.eval_strategy=epoch", f"{section}.max_steps=3")
     assert problem.startswith(f"{section}.eval_strategy asks for evaluations, but data.validation is missing.")
+    problem = only_problem(recipe, f"{section}.eval_on_start=true", f"{section}.max_steps=3")
+    assert problem.startswith(f"{section}.eval_on_start asks for evaluations, but data.validation is missing.")
 
 
 @pytest.mark.parametrize(

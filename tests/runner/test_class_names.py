@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from toy_recipe import toy_recipe, toy_tokenizer, write_teacher
 
@@ -18,6 +20,8 @@ from layerdistill.runner import run
 QUIET = Console(quiet=True)
 HEAD = ("Neutral", "entailment", "contradiction")
 """The order of a natural-language inference model; by the alphabet the last would be the first."""
+
+HEAD_IN_DATA = [name.lower() for name in HEAD]
 
 
 def named_recipe(folder: Path, words: bool, names: tuple[str, ...] = HEAD) -> dict[str, Any]:
@@ -35,6 +39,13 @@ def named_recipe(folder: Path, words: bool, names: tuple[str, ...] = HEAD) -> di
     return recipe
 
 
+def advised_names(error: UserError) -> list[str]:
+    """What YAML reads in the line that the message advises."""
+    line = re.search(r"data\.(label_names: \[.*?\])\.", str(error))
+    assert line is not None, error
+    return list(yaml.safe_load(line[1])["label_names"])
+
+
 def names_of(folder: Path) -> list[str]:
     return list(json.loads((folder / "config.json").read_text())["id2label"].values())
 
@@ -42,8 +53,9 @@ def names_of(folder: Path) -> list[str]:
 def test_another_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
     recipe = named_recipe(tmp_path, words=True)
     ordered = ["neutral", "entailment", "contradiction"]
-    with pytest.raises(UserError, match=rf"label_names: \[{', '.join(ordered)}\]"):
+    with pytest.raises(UserError) as refusal:
         run(recipe, console=QUIET)
+    assert advised_names(refusal.value) == ordered
     none = {**recipe, "method": {"name": "none"}, "student": {"model": str(tmp_path / "teacher")}}
     with pytest.raises(UserError, match="classes in another order"):
         run(none, console=QUIET)
@@ -56,6 +68,28 @@ def test_another_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
 
     numbers = run(named_recipe(tmp_path / "numbers", words=False), console=QUIET)
     assert numbers.teacher_metrics == result.teacher_metrics, "the same rows, the same classes"
+
+
+@pytest.mark.parametrize("names", [("yes", "no", "maybe"), ("2", "1", "0"), ("c: d", "b, a", "#1")])
+def test_the_advice_is_what_a_recipe_can_hold(names: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=True, names=names)
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [{**row, "label": names[HEAD_IN_DATA.index(row["label"])]} for row in rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError) as refusal:
+        run(recipe, console=QUIET)
+    recipe["data"]["label_names"] = advised_names(refusal.value)
+    assert names_of(run(recipe, console=QUIET).student) == list(names)
+
+
+def test_a_teacher_that_cannot_read_the_data_may_have_any_order(tmp_path: Path) -> None:
+    recipe = named_recipe(tmp_path, words=True)
+    write_teacher(tmp_path / "own", num_layers=2)
+    toy_tokenizer([f"v{number}" for number in range(55)]).save_pretrained(tmp_path / "own")
+    recipe |= {"student": {"model": str(tmp_path / "own")}, "method": {"name": "none"}}
+    assert run(recipe, console=QUIET).teacher_metrics == {}
 
 
 def test_numbers_have_no_names_and_the_teachers_are_kept(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.padding import fewest_rows, shared_padding
 from layerdistill.core.types import IGNORED_LABEL
 from layerdistill.data.tasks import get_task
 from layerdistill.data.tokenizer import padding_id
@@ -32,7 +33,7 @@ class Collator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     padding_token: int | None = None
-    """The id that fills up, see `core.padding.shared_padding`; None for the tokenizer's, see `padding_id`."""
+    """The id that fills up, see `filler_for`; None for the tokenizer's, see `padding_id`."""
 
     def __post_init__(self) -> None:
         get_task(self.task)
@@ -84,6 +85,12 @@ class Collator:
             return length
         rounded = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         return rounded if self.max_length is None else max(length, min(rounded, self.max_length))
+
+
+def filler_for(tokenizer: PreTrainedTokenizerBase, models: Sequence[PretrainedConfig], task: str) -> int:
+    """Return the id that fills up batches for these models: what they know as padding, else the tokenizer's."""
+    shared = shared_padding(models, task)
+    return padding_id(tokenizer, fewest_rows(models)) if shared is None else shared
 
 
 def _padded(rows: Sequence[Any], length: int, fill: int) -> Tensor:

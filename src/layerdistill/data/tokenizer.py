@@ -62,12 +62,12 @@ def _has_capitals(vocabulary: Path) -> bool:
     return any(word != word.lower() for word in words if not word.startswith("["))
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
     """Return the id that fills up a batch: the pad token's, else the end-of-text token's (GPT-2), else 0.
 
-    Which id it is does not matter to a model that is given the attention mask, but a decoder that classifies reads the
-    last token that is not `config.pad_token_id`: see `core.padding`.
+    An id for which a model of `rows` embeddings has none (a pad token that was added to the tokenizer alone) is passed
+    over. Which id it is does not matter to a model that is given the attention mask, but a decoder that classifies
+    reads the last token that is not `config.pad_token_id`: see `core.padding`.
     """
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and (rows is None or token < rows)), 0)

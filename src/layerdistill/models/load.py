@@ -61,7 +61,7 @@ def load_model(
     """Return the model for `task` in eval mode, with the head of its checkpoint or a fresh one drawn from `seed`.
 
     `task` is a key of `TASK_CLASSES`. `num_labels` None keeps the checkpoint's (1 in regression). `pad_token_id` is set
-    where the configuration has none that is a row of the embedding: decoders need it to classify batches. With
+    where the configuration has none that is a row of the embedding and the model finds the end of a text by it. With
     `replace_head` a head of another number of labels is thrown away and drawn anew. Raises UserError for an unknown
     task, a source that cannot be read, weights that are not safetensors or are damaged, and a head or blocks that do
     not fit.
@@ -71,7 +71,7 @@ def load_model(
     config = load_config(source, trust_remote_code, revision)
     set_task(config, task, num_labels)
     if pad_token_id is not None:
-        set_padding(config, pad_token_id)
+        set_padding(config, task, pad_token_id)
     if is_local(source):
         check_weights(Path(source))
     model_class = class_to_open(model_class, config)

@@ -165,7 +165,7 @@ class StageTrainer(Trainer):
             labels = inputs.get("labels")
             loss = task_loss(self.task, logits, inputs) if labels is not None else None
         if loss is not None:
-            self.evaluated += torch.stack([loss.total.detach(), loss.count]).double().cpu()
+            self.evaluated += torch.stack([loss.total.detach(), loss.count]).cpu().double()
         value = None if loss is None else loss.value
         return (value, None, None) if prediction_loss_only else (value, logits, labels)
 
