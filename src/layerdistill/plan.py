@@ -135,9 +135,8 @@ def activation_bytes(prepared: Prepared) -> int:
     per_token = sum(16 * pair.student_width[stack] * depth for stack, depth in pair.student_depth.items())
     numbers = tokens * per_token
     if recipe.data.task == "causal-lm":
-        numbers += (
-            2 * prepared.student_config.get_text_config().vocab_size * (max(pair.student_width.values()) + FEWEST_ROWS)
-        )
+        rows = prepared.student_config.get_text_config().vocab_size
+        numbers += 2 * rows * (max(pair.student_width.values()) + FEWEST_ROWS)
     return numbers * BYTES
 
 

@@ -325,9 +325,8 @@ def tokenizer_problems(
     """Return why `data.tokenizer` does not fit a student that brings its own."""
     if recipe.data.tokenizer is None or student_source is None:
         return []
-    own = compare_vocabularies(
-        own_tokenizer(student_source, tokenizer), tokenizer, *(2 * [student.get_text_config().vocab_size])
-    )
+    rows = student.get_text_config().vocab_size
+    own = compare_vocabularies(own_tokenizer(student_source, tokenizer), tokenizer, rows, rows)
     if own.identical:
         return []
     return [f"data.tokenizer is not the student's own ({own.reason.replace('teacher', 'model')}). Leave it out."]

@@ -107,6 +107,11 @@ NAN = float("nan")
         (rows(0, 2, 2), None, {}, "the training labels are 0, 2"),
         (rows(0, 1, None), None, {}, "has no label in row 2"),
         (rows(0.0, NAN, 1.0), None, {}, "has no label in row 1"),
+        (rows("a", "", "b"), None, {}, "has no label in row 1"),
+        (rows("a", "b"), rows(" "), {}, "has no label in row 0"),
+        (rows(1.0, 0.0, 1.5), None, {}, "holds 1.5 in row 2"),
+        (rows("4.8", "high", "3"), None, {"task": "regression"}, "holds 'high' in row 1, but regression"),
+        (rows("a", "b"), rows("x" * 60), {}, f"label {'x' * 37}... in row 0"),
         (rows(0.5, 1.5), None, {}, "holds 0.5 in row 0, but a class is a whole number from 0 or a word"),
         (rows([0], [1]), None, {}, "data.task: multi-label-classification"),
         (rows(1, 1, 1), None, {}, "class ids must be 0, 1"),
@@ -147,3 +152,17 @@ def test_wrong_labels_are_refused(train: Any, validation: Any, changes: dict[str
     with pytest.raises(UserError) as caught:
         read(train, validation, **changes)
     assert says in str(caught.value)
+
+
+def test_classes_that_look_like_an_accident_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    load_splits(config(), memory={"train": rows("pos", "Pos", "neg", "pos ")})
+    assert "The labels 'Pos', 'pos', 'pos ' are different classes." in caplog.text
+    assert "Check data.label" not in caplog.text, "four rows say nothing"
+    load_splits(config(), memory={"train": rows(*(f"text {number}" for number in range(20)))})
+    assert "20 classes in 20 rows. Check data.label." in caplog.text
+
+
+def test_a_row_with_a_blank_word_for_a_label_can_be_dropped() -> None:
+    splits = load_splits(config(drop_empty=True), memory={"train": rows("a", "", "b")})
+    assert splits["train"]["example_id"] == [0, 2]
+    assert splits["train"].features["label"].names == ["a", "b"]

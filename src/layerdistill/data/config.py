@@ -100,6 +100,13 @@ class DataConfig(SectionConfig):
             problems.append("data.text is missing: name the column that holds the text, for example `text: sentence`")
         if len(self.text_columns) > self.kind.text_columns:
             problems.append(f"data.text names {len(self.text_columns)} columns, but {self.task} reads one; name one")
+        for field, columns in (("text", self.text_columns), ("label", self.label_columns)):
+            if twice := next((column for column in columns if columns.count(column) > 1), None):
+                problems.append(f"data.{field} names the column {twice!r} twice; name each once")
+        if both := set(self.text_columns) & set(self.label_columns):
+            problems.append(
+                f"data.text and data.label both name the column {both.pop()!r}; the label is what the text must tell"
+            )
         if isinstance(self.label, list) and self.task != "multi-label-classification":
             problems.append(
                 f"data.label names several columns ({', '.join(self.label)}), which only multi-label-classification "

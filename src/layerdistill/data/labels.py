@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from layerdistill.data.tasks import ProblemType
 
 SHOWN = 5
 """How many rows or labels an error message lists."""
+
+LONGEST = 40
+"""Characters of a label that an error message shows."""
+
+MANY_ROWS = 20
+"""Rows from which on a class for every second one is a sign of a wrong column."""
+
+logger = logging.getLogger(__name__)
 
 Word = str | int
 """A class as the data give it: its name or its id."""
@@ -51,7 +60,7 @@ def rows_named(rows: Sequence[int]) -> str:
 
 
 def missing_labels(dataset: Dataset, columns: Sequence[str]) -> list[int]:
-    """Return the numbers of the rows where a label is None or NaN."""
+    """Return the numbers of the rows where a label is None, NaN or a blank word (an empty field of a CSV file)."""
     found: set[int] = set()
     for column in columns:
         found.update(number for number, value in enumerate(values_of(dataset, column)) if _is_missing(value))
@@ -59,7 +68,8 @@ def missing_labels(dataset: Dataset, columns: Sequence[str]) -> list[int]:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or blank or (isinstance(value, float) and math.isnan(value))
 
 
 def read_labels(splits: Mapping[str, Dataset], config: DataConfig) -> tuple[dict[str, list[Any]], Any]:
@@ -105,14 +115,24 @@ def label_space(splits: Mapping[str, Dataset], config: DataConfig) -> LabelSpace
 
 def _numbers(dataset: Dataset, column: str, split: str) -> list[float]:
     feature, values = dataset.features[column], values_of(dataset, column)
-    number = next((n for n, value in enumerate(values) if not isinstance(value, (int, float))), None)
-    if isinstance(feature, ClassLabel) or number is not None:
+    wrong = [number for number, value in enumerate(values) if not isinstance(value, (int, float))]
+    if isinstance(feature, ClassLabel) or wrong:
+        # One word makes a whole column of a CSV file words, the numbers among them.
+        number = next((number for number in wrong if not _is_number(values[number])), wrong[0] if wrong else None)
         given = "class labels" if number is None else f"{values[number]!r} in row {number}"
         raise UserError(f"data.{split}: column {column!r} holds {given}, but regression needs numbers.")
     infinite = [row for row, value in enumerate(values) if not math.isfinite(value)]
     if infinite:
         raise UserError(f"data.{split}: column {column!r} is infinite in {rows_named(infinite)}. Give finite numbers.")
     return [float(value) for value in values]
+
+
+def _is_number(word: Any) -> bool:
+    try:
+        float(word)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _stored_names(feature: Any) -> list[str] | None:
@@ -123,17 +143,21 @@ def _stored_names(feature: Any) -> list[str] | None:
 def _words(dataset: Dataset, column: str, split: str) -> list[Word]:
     """Return each row's class as a word or an id; booleans count as the ids 0 and 1."""
     reader = _word_reader(dataset.features[column])
-    words = []
-    for number, value in enumerate(values_of(dataset, column)):
-        word = reader(value)
-        if word is None:
-            raise UserError(
-                f"data.{split}: column {column!r} holds {value!r} in row {number}, but a class is a whole number from "
-                "0 or a word. For numbers on a scale, set data.task: regression; for several classes per row, "
-                "data.task: multi-label-classification."
-            )
-        words.append(word)
-    return words
+    values = values_of(dataset, column)
+    words = [reader(value) for value in values]
+    if wrong := [number for number, word in enumerate(words) if word is None]:
+        # One fraction makes all numbers of a column fractions: it is the one to show.
+        number = next((number for number in wrong if not _is_whole(values[number])), wrong[0])
+        raise UserError(
+            f"data.{split}: column {column!r} holds {values[number]!r} in row {number}, but a class is a whole number "
+            "from 0 or a word. For numbers on a scale, set data.task: regression; for several classes per row, "
+            "data.task: multi-label-classification."
+        )
+    return [word for word in words if word is not None]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def _word_reader(feature: Any) -> Callable[[Any], Word | None]:
@@ -218,7 +242,9 @@ def _class_names(train: list[list[Word]], config: DataConfig, stored: list[str] 
         return stored
     words = {word for row in train for word in row}
     if _are_names(train):
-        return sorted(str(word) for word in words)
+        names = sorted(str(word) for word in words)
+        _warn_of_odd_names(names, len(train))
+        return names
     if words != set(range(len(words))):
         raise UserError(
             f"the training labels are {_listed(words)}, but class ids must be 0, 1, ... without a gap. Renumber them, "
@@ -226,6 +252,17 @@ def _class_names(train: list[list[Word]], config: DataConfig, stored: list[str] 
             "every class in data.label_names. (-1 often marks labels that are hidden.)"
         )
     return list(made_up_names(len(words)))
+
+
+def _warn_of_odd_names(names: list[str], rows: int) -> None:
+    """Say what is rarely meant: names that differ in capital letters or blanks alone, and nearly as many as rows."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    for group in (group for group in alike.values() if len(group) > 1):
+        logger.warning("The labels %s are different classes.", ", ".join(map(repr, group)))
+    if rows >= MANY_ROWS and 2 * len(names) > rows:
+        logger.warning("The training data have %d classes in %d rows. Check data.label.", len(names), rows)
 
 
 def _are_names(rows: list[list[Word]]) -> bool:
@@ -260,4 +297,5 @@ def _enough_classes(train: list[list[int]], names: list[str], config: DataConfig
 
 def _listed(words: Any) -> str:
     ordered = list(words) if isinstance(words, list) else sorted(words, key=lambda word: (isinstance(word, str), word))
-    return ", ".join(map(str, ordered[:20])) + (f" and {len(ordered) - 20} more" if len(ordered) > 20 else "")
+    shown = (text if len(text := str(word)) <= LONGEST else f"{text[: LONGEST - 3]}..." for word in ordered[:20])
+    return ", ".join(shown) + (f" and {len(ordered) - 20} more" if len(ordered) > 20 else "")
