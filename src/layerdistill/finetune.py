@@ -52,6 +52,9 @@ DEFAULT_SEED = 42
 ADAPTERS_FOLDER = "adapters"
 """The folder of A and B matrices inside that of a fine-tuned teacher: no part of the model, whose size is measured."""
 
+ELSEWHERE = "with the environment variable LAYERDISTILL_HOME"
+"""How another place for fine-tuned teachers is chosen, for messages."""
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -145,7 +148,7 @@ def kept_adapters(prepared: Prepared, section: TeacherConfig, folder: Path) -> d
         if PartialState().is_main_process:
             finetuned = open_model(prepared, str(folder), section, "float32").model
             matrices = svd_adapters(finetuned, starting_model(prepared, section), rank)
-            with explained_disk_errors("The teacher's adapters", place), whole_folder(place) as partial:
+            with explained_disk_errors("The teacher's adapters", place, ELSEWHERE), whole_folder(place) as partial:
                 save_matrices(partial / "svd.safetensors", matrices, {"rank": rank})
         PartialState().wait_for_everyone()
     return load_matrices(place / "svd.safetensors")
@@ -256,7 +259,7 @@ def keep_teacher(
 ) -> None:
     """Write a fine-tuned teacher, with what it was made from and the A and B merged into it, to its place."""
     assert prepared.recipe.teacher is not None and prepared.recipe.teacher.finetune is not None
-    with explained_disk_errors("The fine-tuned teacher", folder), whole_folder(folder) as partial:
+    with explained_disk_errors("The fine-tuned teacher", folder, ELSEWHERE), whole_folder(folder) as partial:
         save_student(model, partial, prepared.for_teacher.tokenizer)
         if matrices:
             note = prepared.recipe.teacher.finetune["lora"]

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
-from layerdistill.core.errors import UserError
+from layerdistill.core.errors import UserError, one_of
 from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.home import CACHES, home, note_use
 from layerdistill.core.needs import needs_during
@@ -53,6 +53,13 @@ class CacheConfig:
     folder: str | Path | None = None
     gb: float = 10.0
 
+    def __post_init__(self) -> None:
+        words = {"mode": get_args(CacheMode), "dtype": get_args(CacheDtype)}
+        if wrong := [name for name, allowed in words.items() if getattr(self, name) not in allowed]:
+            raise UserError(*(one_of(f"CacheConfig.{name}", getattr(self, name), words[name]) for name in wrong))
+        if not self.gb > 0:
+            raise UserError(f"CacheConfig.gb is {self.gb!r}, but must be above 0 (gigabytes).")
+
     @classmethod
     def of(cls, section: TeacherConfig | None) -> CacheConfig | None:
         """Return what a recipe's teacher section says, None without one."""
@@ -76,6 +83,8 @@ class StageTeachers:
     """Gives each stage of a run its teacher; a cache is filled before the first step of the stage that needs it."""
 
     def __init__(self, model: nn.Module | None, config: CacheConfig | None, given: StageInput) -> None:
+        if config is not None and not isinstance(config, CacheConfig):
+            raise UserError(f"cache is {config!r}: pass a layerdistill.CacheConfig, for example CacheConfig('fill').")
         packs = argument_of(given.training, "padding_free")
         self.live = LiveTeacher(model, padding_free=packs) if model is not None else None
         self.config = config
@@ -279,15 +288,23 @@ class StageTeachers:
         """Return the message of `require` without a cache: what is lacking, or what the nearest one differs in."""
         advice = "Run `layerdistill cache` with the same recipe first, or write teacher.cache: fill."
         if (cached.folder.folder / MANIFEST_FILE).exists():
-            lacking = [name for name in cached.names(needs) if not cached.folder.complete([name])]
-            return f"teacher.cache is 'require', but {cached.folder.folder} lacks {', '.join(lacking)}. {advice}"
-        there = [
+            lacking = [spoken(name) for name in cached.names(needs) if not cached.folder.complete([name])]
+            there = ", ".join(map(spoken, sorted(cached.folder.completed))) or "nothing that is complete"
+            return (
+                f"teacher.cache is 'require', but {cached.folder.folder} lacks {', '.join(lacking)}; it has {there}. "
+                f"{advice}"
+            )
+        others = [
             (differences(read_manifest(path)["identity"], cached.folder.identity), path.parent)
             for path in sorted(cache_home().glob(f"*/{MANIFEST_FILE}"))
         ]
-        nearest = min(there, key=lambda found: found[0].count(" there, "), default=None)
-        said = f" The nearest, {nearest[1]}, differs: {nearest[0]}." if nearest is not None else ""
-        return f"teacher.cache is 'require', but there is no cache for this recipe in {cache_home()}.{said} {advice}"
+        said = ""
+        if others:
+            differing, nearest = min(others, key=lambda found: found[0].count(" there, "))
+            fits = "fits, though: leave teacher.cache_folder out"
+            said = f" {nearest} {fits}." if not differing else f" The nearest, {nearest}, differs: {differing}."
+        place = cached.folder.folder if self.config is not None and self.config.folder else cache_home()
+        return f"teacher.cache is 'require', but there is no cache for this recipe in {place}.{said} {advice}"
 
 
 EMPTY = Stage("cache", None, nn.ModuleList())
@@ -299,6 +316,11 @@ QUOTED_AFTER = 3.0
 def cache_home() -> Path:
     """Return the folder of caches that no recipe names."""
     return home() / CACHES
+
+
+def spoken(name: str) -> str:
+    """Return the name of a signal as a message says it."""
+    return f"layer {name}" if name.isdigit() else name
 
 
 def stored_dtype(config: CacheConfig, teacher_dtype: str) -> StoredDtype:

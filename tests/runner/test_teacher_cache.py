@@ -187,7 +187,7 @@ def test_require_without_a_cache_says_what_to_do(tmp_path: Path) -> None:
     fill_cache(load_recipe(recipe), SAID)
     recipe["method"]["layer_map"] = "reverse"
     recipe["method"]["embeddings"] = True
-    with pytest.raises(UserError, match="lacks 0"):
+    with pytest.raises(UserError, match=r"lacks layer 0; it has layer \d, layer \d"):
         run(recipe)
 
 
@@ -198,8 +198,13 @@ def test_a_recipe_that_names_no_folder_is_told_the_nearest_cache(
     recipe = recipe_of(tmp_path, cache_folder=None)
     folder = fill_cache(load_recipe(recipe), SAID)
     assert folder.parent == tmp_path / "home" / "cache"
-    recipe["data"]["max_length"] = 7
     recipe["teacher"]["cache"] = "require"
+    elsewhere = recipe["teacher"] | {"cache": "require", "cache_folder": str(tmp_path / "nowhere")}
+    with pytest.raises(
+        UserError, match=r"no cache for this recipe in .*nowhere\. .* fits, though: leave teacher\.cache"
+    ):
+        run({**recipe, "teacher": elsewhere})
+    recipe["data"]["max_length"] = 7
     with pytest.raises(UserError, match=r"The nearest, .*, differs: longest example \(12 there, 7 here\)"):
         run(recipe)
 

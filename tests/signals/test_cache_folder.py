@@ -175,11 +175,32 @@ def in_a_child(work: object) -> int:
     return child
 
 
+def test_a_folder_with_files_of_somebody_else_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("a model")
+    (tmp_path / "thesis.txt").write_text("a thesis")
+    with pytest.raises(UserError, match=r"a folder of its own, but .* \(model\.safetensors, thesis\.txt\)"):
+        CacheFolder(tmp_path, WHOSE, "float32").prepare()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "thesis.txt"]
+
+
+def test_files_that_were_put_into_a_cache_later_stay(tmp_path: Path) -> None:
+    CacheFolder(tmp_path, WHOSE, "float32").prepare()
+    (tmp_path / "model.safetensors").write_text("a model")
+    CacheFolder(tmp_path, WHOSE, "float32").prepare()
+    assert (tmp_path / "model.safetensors").read_text() == "a model"
+
+
+def test_a_place_that_cannot_be_written_is_refused_with_the_right_option(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"another folder with teacher\.cache_folder"):
+        CacheFolder(tmp_path / "file", WHOSE, "float32").prepare()
+
+
 def test_what_a_kill_left_is_swept(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path / "c", WHOSE, "float32")
     cache.prepare()
     cache.append({key(1): example(1, tokens=3)})
-    for name in (".tmpQCx5n0", f"{PARTIAL_PREFIX}1.safetensors", "not-in-the-manifest.safetensors"):
+    for name in (".tmpQCx5n0", f"{PARTIAL_PREFIX}1.safetensors", f"{'0' * 32}.safetensors"):
         (tmp_path / "c" / name).write_text("half")
     CacheFolder(tmp_path / "c", WHOSE, "float32").prepare()
     assert {path.name for path in (tmp_path / "c").iterdir()} == {cache.shards[0]["file"], MANIFEST_FILE, ".lock"}

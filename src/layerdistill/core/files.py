@@ -105,10 +105,10 @@ def sweep_partials(folder: Path) -> None:
 
 
 @contextmanager
-def explained_disk_errors(what: str, where: Path) -> Iterator[None]:
+def explained_disk_errors(what: str, where: Path, elsewhere: str = "with --set output=FOLDER") -> Iterator[None]:
     """Turn a full disk or a folder that cannot be written, inside the block, into a UserError that says which.
 
-    torch and safetensors report a failed write by errors of their own.
+    `elsewhere` says how another folder is chosen; torch and safetensors report a failed write by errors of their own.
     """
     try:
         yield
@@ -118,5 +118,5 @@ def explained_disk_errors(what: str, where: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{what} cannot be written to {where}: {reason}. What was there before is untouched. "
-            "Free space or choose another folder with --set output=FOLDER, then give the same command again."
+            f"Free space or choose another folder {elsewhere}, then give the same command again."
         ) from error

@@ -23,9 +23,9 @@ def agreed(value: Value) -> Value:
 
 
 @contextmanager
-def file_lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
+def file_lock(path: Path, what: str, wait: bool = True, elsewhere: str = "with --set output=FOLDER") -> Iterator[None]:
     """Hold a lock file in this process; another one waits for it, or gets BlockingIOError."""
-    with explained_disk_errors(what, path.parent):
+    with explained_disk_errors(what, path.parent, elsewhere):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("w")
     with stream:

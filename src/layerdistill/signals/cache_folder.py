@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,12 @@ from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, StoredDty
 MANIFEST_FILE = "manifest.json"
 KEY_BYTES = 16
 READ_AT_ONCE = 2**24
+LOCK = ".lock"
 WHAT = "The teacher cache"
+ELSEWHERE = "with teacher.cache_folder"
+SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
+"""What shards are called; no other file of that kind is ours to delete."""
+
 UNFINISHED = ".tmp*"
 """What safetensors itself writes into before it renames it; a kill leaves it behind."""
 
@@ -140,16 +146,33 @@ class CacheFolder:
     # Writing
 
     def prepare(self) -> None:
-        """Make the folder, with an empty manifest, and remove what a killed process left in it."""
-        with explained_disk_errors(WHAT, self.folder), self._locked():
+        """Make the folder, with an empty manifest, and remove what a killed process left in it.
+
+        Raises UserError for a folder with files of somebody else.
+        """
+        self.refuse_a_used_folder()
+        with explained_disk_errors(WHAT, self.folder, ELSEWHERE), self._locked():
             self.refresh()
             sweep_partials(self.folder)
             known = {shard["file"] for shard in self.shards}
-            for path in [*self.folder.glob("*.safetensors"), *self.folder.glob(UNFINISHED)]:
+            shards = [path for path in self.folder.glob("*.safetensors") if SHARD.fullmatch(path.name)]
+            for path in [*shards, *self.folder.glob(UNFINISHED)]:
                 if path.name not in known:
                     path.unlink()
             if not (self.folder / MANIFEST_FILE).exists():
                 self._write_manifest()
+
+    def refuse_a_used_folder(self) -> None:
+        """Raise UserError where the folder is no cache and not empty: a broken cache is deleted with its folder."""
+        if (self.folder / MANIFEST_FILE).exists() or not self.folder.is_dir():
+            return
+        others = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
+        if others := [name for name in others if not name.startswith(PARTIAL_PREFIX)]:
+            raise UserError(
+                f"The teacher cache needs a folder of its own, but {self.folder} holds other files "
+                f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Name a new or an empty folder "
+                f"{ELSEWHERE}."
+            )
 
     def append(self, examples: Mapping[bytes, Mapping[str, Tensor]]) -> None:
         """Add one shard: for each key the rows `(n, width)` of signals, the same names for all of them.
@@ -157,7 +180,7 @@ class CacheFolder:
         Examples that another process has added meanwhile are left out. Signals that are one tensor under several names,
         for every key, are written once.
         """
-        with explained_disk_errors(WHAT, self.folder), self._locked():
+        with explained_disk_errors(WHAT, self.folder, ELSEWHERE), self._locked():
             self.refresh()
             signals = sorted(next(iter(examples.values()))) if examples else []
             new = [key for key in examples if not self.has(signals, [key])]
@@ -179,7 +202,7 @@ class CacheFolder:
 
     def finish(self, names: Sequence[str]) -> None:
         """Note that the named signals are there for all examples."""
-        with explained_disk_errors(WHAT, self.folder), self._locked():
+        with explained_disk_errors(WHAT, self.folder, ELSEWHERE), self._locked():
             self.refresh()
             self.completed |= frozenset(names)
             self._write_manifest()
@@ -202,7 +225,7 @@ class CacheFolder:
         write_text(self.folder / MANIFEST_FILE, manifest_text(content))
 
     def _locked(self) -> AbstractContextManager[None]:
-        return file_lock(self.folder / ".lock", WHAT)
+        return file_lock(self.folder / LOCK, WHAT, elsewhere=ELSEWHERE)
 
 
 def copied_signals(
