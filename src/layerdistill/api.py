@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sized
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -23,16 +26,20 @@ from layerdistill.core.fingerprint import fingerprint_json, fingerprint_model
 from layerdistill.core.padding import padding_problems
 from layerdistill.core.types import Method, Pair
 from layerdistill.data import Collator, filler_for, fingerprint_dataset, set_aside
+from layerdistill.data.read_files import columns_of
 from layerdistill.evaluate import EvaluationConfig, evaluate_model
 from layerdistill.methods.table import MethodConfig, find_method
 from layerdistill.models import depths, make_student, unwrap, widths
 from layerdistill.models.adapters import peft_adapters
+from layerdistill.models.trainable import trainable_again
 from layerdistill.recipe import explain
 from layerdistill.teacher_cache import CacheConfig, StageTeachers
 from layerdistill.train.config import LayerDistillationConfig
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.stream import refuse_unending
 from layerdistill.train.trainer import StageTrainer
+
+logger = logging.getLogger(__name__)
 
 FIRST_ROWS = 16
 """Rows of a stream by which a folder knows it again."""
@@ -66,6 +73,9 @@ def make_pair(teacher: Any, student: Any, seed: int = 42) -> Pair:
 
     A teacher wrapped in peft stays as it is; the pair holds the model inside, and the adapters' A matrices.
     """
+    for whose, model in (("teacher", teacher), ("student", student)):
+        if model is not None and not isinstance(model, nn.Module):
+            raise UserError(f"The {whose} is {model!r}: pass a model that is loaded (from_pretrained).")
     task = task_of(student)
     adapters = peft_adapters(teacher)
     teacher = unwrap(teacher) if adapters is not None else teacher
@@ -80,8 +90,10 @@ def make_pair(teacher: Any, student: Any, seed: int = 42) -> Pair:
 
 def method_config(method: str | dict[str, Any] | Any, options: dict[str, Any]) -> Any:
     """Return a method's config from its name and options; raises UserError as a recipe would."""
-    if not isinstance(method, str | dict):
+    if isinstance(method, BaseModel):
         return method
+    if not isinstance(method, str | dict):
+        raise UserError(f"method is a {type(method).__name__}: pass a name, or a recipe's method section as a dict.")
     given = {"name": method, **options} if isinstance(method, str) else {**method, **options}
     try:
         return TypeAdapter(MethodConfig).validate_python(given)
@@ -90,7 +102,12 @@ def method_config(method: str | dict[str, Any] | Any, options: dict[str, Any]) -
 
 
 def check_method(config: Any, pair: Pair) -> None:
-    """Raise UserError when a method cannot work on a pair."""
+    """Raise UserError when a method cannot work on a pair; a teacher smaller than its student is told of."""
+    trains = any(parameter.requires_grad for parameter in pair.student.parameters())
+    if not trains and not find_method(config.name).grows_student:
+        raise UserError(
+            "No parameter of the student trains (requires_grad is False everywhere). Call student.requires_grad_(True)."
+        )
     if pair.teacher is None and config.name != "none":
         raise UserError(f"The method {config.name!r} learns from a teacher. Pass teacher_model=..., or use 'none'.")
     if pair.teacher is None or config.name == "none":
@@ -98,6 +115,35 @@ def check_method(config: Any, pair: Pair) -> None:
     problems = head_problems(pair) or find_method(config.name).problems(config, pair)
     if problems:
         raise UserError(*problems)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (pair.teacher, pair.student)]
+    if sizes[0] < sizes[1]:
+        logger.warning("The teacher has %d parameters, the student %d: are they in each other's place?", *sizes)
+
+
+def check_rows(rows: Any, what: str, pair: Pair) -> None:
+    """Raise UserError for data of which no batch of the student's task can be made; streams are not looked at."""
+    if isinstance(rows, dict):  # DatasetDict is one
+        raise UserError(f"{what} is a {type(rows).__name__} ({', '.join(map(str, rows))}): pass one of its splits.")
+    if not isinstance(rows, Dataset):
+        return
+    if "input_ids" not in rows.column_names:
+        raise UserError(
+            f"{what} has the columns {', '.join(rows.column_names)}, but no input_ids: tokenise it first, for example "
+            "rows.map(lambda row: tokenizer(row['text'], truncation=True))."
+        )
+    student: Any = pair.student
+    column = next((name for name in ("labels", "label") if name in rows.column_names), None)
+    if pair.task != "sequence-classification" or column is None:
+        return
+    labels = columns_of(rows, [column])[column]
+    given = pc.min_max(labels).as_py() if pa.types.is_integer(labels.type) else {"min": None}
+    if given["min"] is None:
+        return
+    if given["min"] < 0 or given["max"] >= student.config.num_labels:
+        raise UserError(
+            f"The labels of {what} are from {given['min']} to {given['max']}, but the student has "
+            f"{student.config.num_labels} classes, 0 to {student.config.num_labels - 1}."
+        )
 
 
 def head_problems(pair: Pair) -> list[str]:
@@ -156,9 +202,9 @@ class LayerDistillationTrainer(StageTrainer):
     """transformers.Trainer with a teacher: trains `model` by a method that has one stage.
 
     `method` is a name, a dict as in a recipe, or a method's config. `eval_loss` is the student's loss on the labels.
-    With `cache` what the teacher says is kept on the disk and read. Methods with several stages run through `distill`
-    or a recipe. Datasets are tokenised, as for the Trainer; given a tokenizer as `processing_class` and no
-    `data_collator`, batches are padded by ours, labels of language models too.
+    With `cache` what the teacher says is kept on the disk and read. The teacher is frozen (`requires_grad`). Methods
+    with several stages run through `distill` or a recipe. Datasets are tokenised, as for the Trainer; given a tokenizer
+    as `processing_class` and no `data_collator`, batches are padded by ours, labels of language models too.
     """
 
     def __init__(
@@ -185,6 +231,7 @@ class LayerDistillationTrainer(StageTrainer):
         check_method(config, pair)
         tokenizer = options.get("processing_class")
         if options.get("data_collator") is None and tokenizer is not None:
+            check_rows(train_dataset, "train_dataset", pair)
             options["data_collator"] = own_collator(tokenizer, pair, config)
         given = StageInput(
             pair.task, {"train": train_dataset}, options.get("data_collator"), tokenizer, args, args.seed,
@@ -249,6 +296,9 @@ def distill(
         seed = args.seed if args is not None else 42
         pair = make_pair(teacher, student, seed)
         check_method(config, pair)
+        check_rows(train_dataset, "train_dataset", pair)
+        if eval_dataset is not None:
+            check_rows(eval_dataset, "eval_dataset", pair)
         if args is not None:
             claim_folder(folder, config, pair, train_dataset, args)
         collator = own_collator(processing_class, pair, config)
@@ -257,10 +307,11 @@ def distill(
             datasets = set_aside(datasets, calibration, seed)
         training: Any = args if args is not None else {}
         given = StageInput(pair.task, datasets, collator, processing_class, training, seed, folder, Console(quiet=True))
-        teachers = StageTeachers(teacher, cache, given)
         context = LiveContext(given, EvaluationConfig().metrics_for(pair.task))
-        for stage in chosen.stages(pair, config, context):
-            run_stage(stage, given, teachers.of(stage))
+        with trainable_again(teacher if teacher is not None else nn.Identity()):
+            teachers = StageTeachers(teacher, cache, given)
+            for stage in chosen.stages(pair, config, context):
+                run_stage(stage, given, teachers.of(stage))
     if eval_dataset is None:
         return DistillResult(student, {})
     section = EvaluationConfig()

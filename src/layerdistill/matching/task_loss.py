@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from layerdistill.core.errors import UserError
 from layerdistill.core.types import Batch, Mean, Unit
 from layerdistill.matching.logits import binary_cross_entropy, cross_entropy, mean_squared_error, next_token_labels
 
@@ -12,8 +13,12 @@ def task_loss(task: str, logits: Tensor, batch: Batch) -> Mean:
     """Return the task's own loss: cross-entropy, binary cross-entropy, squared error, or next-token cross-entropy.
 
     `logits` is `(batch, classes)`, or `(batch, seq, vocab)` for causal-lm. Computed here rather than by the model, so
-    that its count is known and gradient accumulation is exact.
+    that its count is known and gradient accumulation is exact. Raises UserError for a batch without labels.
     """
+    if "labels" not in batch:
+        raise UserError(
+            f"The examples have no labels (they have {', '.join(batch)}), but the loss of {task} needs them."
+        )
     labels = batch["labels"]
     if task == "causal-lm":
         return cross_entropy(logits, next_token_labels(labels))

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerdistill.core.config import SectionConfig
 from layerdistill.core.fingerprint import fingerprint_model
+from layerdistill.models.trainable import trainable_again
 
 
 class PhaseTraining(SectionConfig):
@@ -60,15 +61,13 @@ def frozen(model: nn.Module, whose: str, say: Callable[[str], None]) -> Iterator
     Raises RuntimeError when a parameter or a buffer did move, which is a mistake of ours and not of the user.
     """
     before = fingerprint_model(model)
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     try:
-        model.requires_grad_(False)
-        yield
+        with trainable_again(model):
+            model.requires_grad_(False)
+            yield
     finally:
         model.train(training)
-        for parameter, flag in trained:
-            parameter.requires_grad_(flag)
     after = fingerprint_model(model)
     if after != before:
         raise RuntimeError(f"the weights of the {whose} moved in a phase that freezes them: {before} is now {after}")

@@ -20,6 +20,7 @@ from layerdistill.methods.logits_term import LogitsTerm
 from layerdistill.methods.task_term import TaskTerm
 from layerdistill.methods.weights import HiddenWeights
 from layerdistill.models import find_stacks
+from layerdistill.models.trainable import trainable_again
 
 PAPER_DIVISOR = 100.0
 """What the released code divides the summed KL by."""
@@ -165,14 +166,10 @@ def only_training(model: nn.Module, blocks: Sequence[int] | None) -> Iterator[No
             f"{type(model).__name__} shares parameters of its blocks with other modules, so blocks cannot be trained "
             "alone. Write repair: {scope: all}."
         )
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
+    with trainable_again(model):
+        for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
 
 
 def occurrences(modules: Sequence[nn.Module]) -> Counter[int]:
