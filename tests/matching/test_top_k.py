@@ -189,3 +189,26 @@ def test_what_either_side_excludes_keeps_finite_numbers() -> None:
         (gradient,) = torch.autograd.grad(found, student)
         assert found.isfinite()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("width", [640, 1031, 1055])
+@pytest.mark.parametrize("place", ["spread", "in one group", "at the end"])
+def test_the_likeliest_of_a_wide_row_are_found_wherever_they_are(width: int, place: str) -> None:
+    k, draw = 5, torch.Generator().manual_seed(width)
+    rows = torch.randn(40, width, generator=draw, dtype=torch.float64)
+    if place != "spread":
+        start = width - 7 if place == "at the end" else 64
+        rows[:, start : start + 7] += 20
+    rows[3] = -torch.inf
+    rows[3, width - 1], rows[3, 1] = 0.0, 1.0
+    before = rows.clone()
+    top = likeliest_tokens(rows, TopK(k, 2.0))
+    assert torch.equal(rows, before), "the logits are somebody else's"
+    likely = torch.softmax(rows / 2.0, -1)
+    values, ids = likely.topk(k, -1)
+    assert torch.allclose(top.log_probabilities.exp()[:, :k], values, rtol=1e-12, atol=1e-40)
+    finite = values > 1e-30
+    assert torch.equal(top.ids[finite], ids[finite])
+    others = 1 - values.sum(-1) if place == "spread" else likely.scatter(1, ids, 0.0).sum(-1)
+    assert torch.allclose(top.log_probabilities.exp()[:, k], others, rtol=1e-9, atol=1e-14)
+    assert all(len(set(row)) == k for row in top.ids.tolist())

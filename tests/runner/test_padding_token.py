@@ -194,7 +194,8 @@ def test_models_that_are_asked_one_by_one_may_be_filled_up_differently(tmp_path:
         assert found == text_by_text(result.student if folder == result.folder else folder, tmp_path)
 
 
-def test_a_teacher_is_fitted_to_the_task_with_its_own_padding(tmp_path: Path) -> None:
+def test_a_teacher_is_fitted_to_the_task_with_its_own_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERDISTILL_HOME", str(tmp_path / "home"))
     recipe = decoder_recipe(tmp_path, 7)
     recipe["teacher"] |= {"finetune": {"max_steps": 3, "per_device_train_batch_size": 8}}
     recipe |= {"student": own_student(tmp_path / "student", "llama", pad_token_id=0), "method": {"name": "none"}}

@@ -27,8 +27,12 @@ RowLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def pieces(rows: Tensor, width: int, device: torch.device) -> Iterator[Tensor]:
     """Yield row numbers, `(n,)`, a piece at a time."""
-    size = max(PIECE.get(device.type, OTHER_PIECE) // max(width, 1), 1)
-    yield from rows.split(size) if len(rows) else ()
+    yield from rows.split(rows_at_once(width, device)) if len(rows) else ()
+
+
+def rows_at_once(width: int, device: torch.device) -> int:
+    """Return how many rows of that width are worked on at a time."""
+    return max(PIECE.get(device.type, OTHER_PIECE) // max(width, 1), 1)
 
 
 class _WideKl(torch.autograd.Function):
