@@ -22,7 +22,7 @@ from layerdistill.finetune import open_model
 from layerdistill.models import load_config, resolve_model_source
 from layerdistill.prepare import Prepared, make_collator, own_tokenizer, padded_for, prepare, read_with
 from layerdistill.recipe import Recipe
-from layerdistill.recipe_problems import order_problems
+from layerdistill.recipe_problems import order_problems, warn_of_other_names
 from layerdistill.run_folder import RECIPE_FILE, STUDENT_FOLDER
 from layerdistill.teacher_cache import fingerprint_tokenizer
 
@@ -109,6 +109,8 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     Raises UserError when the model's outputs do not fit the data's labels.
     """
     prepared = prepare(recipe, together=False)
+    if "test" not in prepared.datasets and "validation" not in prepared.datasets:
+        raise UserError("There is nothing to evaluate on: data.validation and data.test are missing. Add one of them.")
     folder = Path(model)
     if (folder / RECIPE_FILE).exists() and not (folder / STUDENT_FOLDER).is_dir():
         raise UserError(
@@ -122,6 +124,7 @@ def evaluate_folder(model: str, recipe: Recipe) -> dict[str, Any]:
     config = load_config(source, section.trust_remote_code, section.revision)
     if problems := order_problems(config, prepared.labels, source, recipe.data):
         raise UserError(*problems)
+    warn_of_other_names(config, prepared.labels, source)
     prepared = padded_for(prepared, config)
     loaded = open_model(prepared, source, section, section.dtype)
     if loaded.fresh_keys:

@@ -51,6 +51,8 @@ from layerdistill.recipe_problems import (
     head_problems,
     section_problems,
     strategy_problems,
+    vocabulary_problems,
+    warn_of_other_names,
 )
 from layerdistill.train.config import LayerDistillationConfig, build_arguments
 
@@ -170,15 +172,13 @@ def prepare(recipe: Recipe, memory: dict[str, Any] | None = None, together: bool
     readers = [student_config]
     if teacher_config is not None and vocabulary is not None and vocabulary.identical and together:
         problems.found += head_problems(recipe, teacher_config, labels)
+        if teacher_source is not None and recipe.teacher is not None and recipe.teacher.finetune is None:
+            warn_of_other_names(teacher_config, labels, f"the teacher {recipe.teacher.name}")
         readers = [teacher_config, student_config] if recipe.method.name != "none" else readers
     problems.found += padding_problems(readers, recipe.data.task)
     problems.found += tokenizer_problems(recipe, student_source, student_config, tokenizer)
-    if vocabulary is not None and not vocabulary.identical and recipe.method.name != "none":
-        problems.found.append(
-            f"Teacher and student do not share a vocabulary ({vocabulary.reason}), so their inputs differ and neither "
-            "logits nor hidden states can be compared. Take a student with the teacher's tokenizer, or cut one out of "
-            "the teacher (student.num_blocks)."
-        )
+    if vocabulary is not None and recipe.method.name != "none":
+        problems.found += vocabulary_problems(vocabulary, cut_out=student_source is None)
     if teacher_config is not None:
         problems.found += method_problems(method, recipe, pair, teacher_config, student_config, labels)
     longest = fewest_positions(teacher_config, student_config)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sized
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from layerdistill.data import DataConfig, LabelSpace
+from layerdistill.data import DataConfig, LabelSpace, VocabularyCheck
+from layerdistill.data.labels import made_up_names
 from layerdistill.evaluate import f1_problems
 from layerdistill.methods.curriculum import too_late
 from layerdistill.recipe import Recipe
 from layerdistill.train.arguments import training_problems
 from layerdistill.train.config import LayerDistillationConfig, count_epochs
+
+NAMES_SHOWN = 5
+"""How many classes a message lists."""
+
+logger = logging.getLogger(__name__)
 
 
 def section_problems(recipe: Recipe) -> list[str]:
@@ -76,6 +83,35 @@ def order_problems(model: PreTrainedConfig, labels: LabelSpace, whose: str, data
     return [
         f"The head of {whose} has the classes in another order ({', '.join(ordered)}) than the data "
         f"({', '.join(labels.names)}), so that each would be taken for another. {reordering(data, ordered)}"
+    ]
+
+
+def warn_of_other_names(model: PreTrainedConfig, labels: LabelSpace, whose: str) -> None:
+    """Say that a trained head and the data call the classes differently: then numbers decide which is which."""
+    theirs = class_names(model)
+    bare = theirs == made_up_names(len(theirs))
+    if not labels.named or bare or len(theirs) != labels.num_labels or len(theirs) < 2:
+        return
+    if {name.casefold() for name in theirs} != {name.casefold() for name in labels.names}:
+        logger.warning(
+            "%s calls its classes %s, the data call them %s: they are taken for each other in this order.",
+            f"{whose[0].upper()}{whose[1:]}",
+            ", ".join(theirs[:NAMES_SHOWN]),
+            ", ".join(labels.names[:NAMES_SHOWN]),
+        )
+
+
+def vocabulary_problems(vocabulary: VocabularyCheck, cut_out: bool) -> list[str]:
+    """Return why teacher and student (`cut_out` of it, or one of its own) cannot read the same tokens."""
+    if vocabulary.identical:
+        return []
+    if cut_out:  # the student reads what the teacher reads: it is the recipe that brings another tokenizer
+        reason = vocabulary.reason.replace("the student", "data.tokenizer")
+        return [f"data.tokenizer is not the teacher's own ({reason}). Leave it out."]
+    return [
+        f"Teacher and student do not share a vocabulary ({vocabulary.reason}), so their inputs differ and neither "
+        "logits nor hidden states can be compared. Take a student with the teacher's tokenizer, or cut one out of the "
+        "teacher (student.num_blocks)."
     ]
 
 

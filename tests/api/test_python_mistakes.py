@@ -96,3 +96,10 @@ def test_the_teacher_can_be_trained_afterwards(tmp_path: Path) -> None:
     assert any(before.values())
     assert not all(before.values())
     teacher(torch.tensor([[1, 2]]), labels=torch.tensor([0])).loss.backward()
+
+
+def test_a_student_is_not_saved_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file, so no model can be saved there"):
+        ld.save_student(pair()["student"], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -209,6 +209,17 @@ def test_other_tokens_are_refused_where_a_teacher_is_learned_from(
     assert "student.num_blocks" in problem
 
 
+def test_another_tokenizer_than_the_teachers_is_named_as_what_is_wrong(
+    recipes: dict[str, Any], folders: dict[str, str]
+) -> None:
+    recipe = copy.deepcopy(recipes["sequence-classification"])
+    recipe["data"]["tokenizer"] = folders["other-words"]
+    problem = only_problem(recipe)
+    assert problem.startswith("data.tokenizer is not the teacher's own (the tokenizers differ: ")
+    assert "'w0' is 5 in the teacher, 59 in data.tokenizer" in problem
+    assert problem.endswith("Leave it out.")
+
+
 def test_other_tokens_are_fine_without_distillation(recipes: dict[str, Any], folders: dict[str, str]) -> None:
     recipe = {**recipes["sequence-classification"], "student": {"model": folders["other-words"]}}
     found = prepared({**recipe, "method": {"name": "none"}})

@@ -84,6 +84,22 @@ def test_the_advice_is_what_a_recipe_can_hold(names: tuple[str, ...], tmp_path: 
     assert names_of(run(recipe, console=QUIET).student) == list(names)
 
 
+def test_classes_of_other_names_are_told_for_they_go_by_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = named_recipe(tmp_path, words=True, names=("good", "bad", "neither"))
+    run(recipe, console=QUIET)
+    told = "calls its classes good, bad, neither, the data call them contradiction, entailment, neutral"
+    assert f"The teacher {tmp_path / 'teacher'} {told}" in caplog.text
+    caplog.clear()
+    evaluate_folder(str(tmp_path / "teacher"), load_recipe({**recipe, "method": {"name": "none"}}))
+    assert told in caplog.text
+    caplog.clear()
+    evaluate_folder(recipe["output"], load_recipe(recipe))
+    run(named_recipe(tmp_path / "numbers", words=False), console=QUIET)
+    assert "calls its classes" not in caplog.text
+
+
 def test_a_teacher_that_cannot_read_the_data_may_have_any_order(tmp_path: Path) -> None:
     recipe = named_recipe(tmp_path, words=True)
     write_teacher(tmp_path / "own", num_layers=2)

@@ -25,6 +25,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.measurement import evaluate_folder
 from layerdistill.prepare import prepare
 from layerdistill.recipe import load_recipe
+from layerdistill.report.run_table import print_result
 from layerdistill.run_folder import RunResult, lock
 from layerdistill.runner import run
 
@@ -367,3 +368,15 @@ def test_a_run_of_an_older_version_is_known_though_keys_came_since(tmp_path: Pat
     assert (first.folder / "evaluation.json").stat().st_mtime_ns == before, "finished, not run again"
     with pytest.raises(UserError, match=r"teacher.cache: 'auto' there, 'off' now"):
         run({**recipe, "teacher": {**recipe["teacher"], "cache": "off"}})
+
+
+def test_evaluating_on_nothing_is_refused_and_training_without_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy_recipe(tmp_path, "kd", evaluation={"cost": False})
+    del recipe["data"]["validation"]
+    result = run(recipe, console=QUIET)
+    print_result(result, Console())
+    assert "There are no metrics: data.validation and data.test are missing." in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"There is nothing to evaluate on: data\.validation and data\.test are missing"):
+        evaluate_folder(str(result.folder), load_recipe(recipe))

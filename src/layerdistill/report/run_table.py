@@ -22,6 +22,8 @@ def print_result(result: Any, console: Console) -> None:
             theirs = find(teacher, path)
             table.add_row(label, count(value * scale), count(theirs * scale) if theirs is not None else "")
     console.print(table)
+    if not result.metrics:
+        console.print("There are no metrics: data.validation and data.test are missing.")
     console.print(f"The student is in {result.student}; {how_to_open(result.student)}.", highlight=False)
 
 

@@ -304,8 +304,10 @@ class StageTrainer(Trainer):
 def save_student(student: Any, folder: Path | str, tokenizer: Any = None) -> None:
     """Write a model as plain transformers does: its own keys only, safetensors, with its tokenizer.
 
-    A student with blocks of its own kind gets its modelling file beside it.
+    A student with blocks of its own kind gets its modelling file beside it. Raises UserError where `folder` is a file.
     """
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file, so no model can be saved there. Name a folder.")
     with hidden_bars():
         # Code beside a checkpoint reads tensors by the names of its modules; only stock classes are read otherwise.
         student.save_pretrained(folder, save_original_format=not has_own_code(student))
