@@ -378,5 +378,5 @@ def test_evaluating_on_nothing_is_refused_and_training_without_is_told(
     result = run(recipe, console=QUIET)
     print_result(result, Console())
     assert "There are no metrics: data.validation and data.test are missing." in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"There is nothing to evaluate on: data\.validation and data\.test are missing"):
+    with pytest.raises(UserError, match=r"nothing to evaluate on: data\.validation and data\.test are missing"):
         evaluate_folder(str(result.folder), load_recipe(recipe))
