@@ -78,12 +78,19 @@ def _read_file(path: Path, text_columns: tuple[str, ...]) -> pa.Table:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read as {path.suffix[1:]}: {error}. Check that the file is whole and that its suffix is "
-            "right."
+            f"right.{_hint(str(error))}"
         ) from error
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path} has more than one column named {', '.join(map(repr, twice))}. Give each its own name.")
     return table
+
+
+def _hint(error: str) -> str:
+    """Return what files of spreadsheets and older systems mostly lack."""
+    if "utf" in error.casefold():
+        return " Save it as UTF-8."
+    return " Columns are separated by commas in csv, by tabs in tsv." if "columns, got" in error else ""
 
 
 def _read_delimited(path: Path, text_columns: tuple[str, ...], delimiter: str, quotes: bool) -> pa.Table:
