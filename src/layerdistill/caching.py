@@ -11,7 +11,7 @@ from layerdistill.finetune import in_students_ids, load_teacher, settle_dtype
 from layerdistill.prepare import prepare
 from layerdistill.recipe import Recipe
 from layerdistill.runner import stage_input
-from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe
+from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe, refuse_cache_of_other_data
 
 
 def fill_cache(recipe: Recipe, console: Console) -> Path:
@@ -31,6 +31,7 @@ def fill_cache(recipe: Recipe, console: Console) -> Path:
             "data.streaming is true: what the teacher says of a stream is kept while it is trained on. Write "
             "teacher.cache: fill and train."
         )
+    refuse_cache_of_other_data(prepared)
     teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
     given = stage_input(prepared, Path(recipe.output), console)
     model = in_students_ids(prepared, teacher.model)

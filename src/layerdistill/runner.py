@@ -31,7 +31,7 @@ from layerdistill.run_folder import (
     record_start,
     refuse_another_recipe,
 )
-from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe
+from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe, refuse_cache_of_other_data
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -59,6 +59,7 @@ def run(
                 console.print(f"{folder} is finished; it is not run again (--again does).")
                 return read_result(folder)
         prepared = prepare(recipe, memory)
+        refuse_cache_of_other_data(prepared)
         teacher = load_teacher(prepared, lambda where: stage_input(prepared, where, console), console)
         shown = in_students_ids(prepared, teacher.model)
         student = load_student_model(prepared, shown)

@@ -26,7 +26,7 @@ from layerdistill.models import TeacherConfig
 from layerdistill.models.config import CacheDtype, CacheMode
 from layerdistill.prepare import Prepared, with_shapes
 from layerdistill.signals import LiveTeacher
-from layerdistill.signals.cache_folder import MANIFEST_FILE, CacheFolder, differences, read_manifest
+from layerdistill.signals.cache_folder import MANIFEST_FILE, CacheFolder, differences, read_manifest, refuse_another
 from layerdistill.signals.cache_rows import StoredDtype
 from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
 from layerdistill.signals.cached_teacher import CachedTeacher
@@ -183,24 +183,14 @@ class StageTeachers:
     def identity(self) -> dict[str, Any]:
         """Return what a cache belongs to, by names that a message can use."""
         assert self.live is not None
-        data: Any = self.given.datasets["train"]
         model: Any = self.live.model
         filler = unusual_padding(model.config, self.given.task, self.given.collator)
         teacher = {
             "teacher": fingerprint_model(model),
             "teacher's class": type(model).__name__,
-            "tokenizer": fingerprint_tokenizer(self.given.tokenizer),
-            **({"padding token": filler} if filler is not None else {}),
         }
-        if not isinstance(self.given.datasets["train"], Sized):
-            return {**teacher, "data": "any stream"}
-        longest = max(len(ids) for ids in data["input_ids"])
-        return {
-            **teacher,
-            "longest example": longest,
-            "examples": len(data),
-            "data": fingerprint_dataset(data.select_columns([name for name in INPUTS if name in data.column_names])),
-        }
+        padding = {"padding token": filler} if filler is not None else {}
+        return teacher | padding | data_identity(self.given.datasets["train"], self.given.tokenizer)
 
     def length_of(self, training: Mapping[str, Any]) -> tuple[float, int]:
         """Return the passes over the data in a stage and the steps of one, on all processes together."""
@@ -333,6 +323,31 @@ def stored_dtype(config: CacheConfig, teacher_dtype: str) -> StoredDtype:
 def dtype_of(model: nn.Module) -> str:
     """Return the name of the dtype of a model's first weight."""
     return str(next(model.parameters()).dtype).rpartition(".")[2]
+
+
+def data_identity(train: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return what a cache belongs to, as far as it is known without the teacher."""
+    known = {"tokenizer": fingerprint_tokenizer(tokenizer)}
+    if not isinstance(train, Sized):
+        return {**known, "data": "any stream"}
+    data: Any = train
+    return {
+        **known,
+        "longest example": max(len(ids) for ids in data["input_ids"]),
+        "examples": len(data),
+        "data": fingerprint_dataset(data.select_columns([name for name in INPUTS if name in data.column_names])),
+    }
+
+
+def refuse_cache_of_other_data(prepared: Prepared) -> None:
+    """Raise UserError for a named folder with a cache of other data: before a teacher is fine-tuned in vain."""
+    section = prepared.recipe.teacher
+    if section is None or section.finetune is None or section.cache == "off" or section.cache_folder is None:
+        return
+    path = Path(section.cache_folder) / MANIFEST_FILE
+    if path.exists() and needs_of_recipe(prepared).teacher_at_all:
+        there, here = read_manifest(path)["identity"], data_identity(prepared.datasets["train"], prepared.tokenizer)
+        refuse_another(path.parent, {name: there.get(name) for name in here}, here)
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

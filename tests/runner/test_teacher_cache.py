@@ -209,6 +209,20 @@ def test_a_recipe_that_names_no_folder_is_told_the_nearest_cache(
         run(recipe)
 
 
+def test_a_cache_of_other_data_is_refused_before_the_teacher_is_fine_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAYERDISTILL_HOME", str(tmp_path / "home"))
+    recipe = recipe_of(tmp_path, finetune={"max_steps": 2, "per_device_train_batch_size": 4})
+    fill_cache(load_recipe(recipe), SAID)
+    recipe["data"]["max_length"] = 7
+    for command in (run, lambda given: fill_cache(load_recipe(given), SAID)):
+        with pytest.raises(UserError, match=r"something else: longest example \(12 there, 7 here\), data "):
+            command(recipe)
+    assert len(list((tmp_path / "home" / "teachers").glob("*/config.json"))) == 1, "no second one was made"
+    run({**recipe, "method": {"name": "none"}})
+
+
 @pytest.mark.parametrize("cache", ["auto", "fill"])
 def test_a_broken_cache_is_refused_before_training(cache: str, tmp_path: Path) -> None:
     folder = fill_cache(load_recipe(recipe_of(tmp_path)), SAID)

@@ -104,11 +104,7 @@ class CacheFolder:
         """Read what other processes have added; raises UserError for a broken or another manifest or shard."""
         path = self.folder / MANIFEST_FILE
         known = read_manifest(path) if path.exists() else {"identity": self.identity, "shards": [], "complete": []}
-        if differ := differences(known["identity"], self.identity):
-            raise UserError(
-                f"The teacher cache in {self.folder} was made for something else: {differ}. Choose another folder "
-                "(teacher.cache_folder), or delete that one."
-            )
+        refuse_another(self.folder, known["identity"], self.identity)
         for shard in known["shards"][len(self.shards) :]:
             self._add(shard)
         self.completed = frozenset(known["complete"])
@@ -270,6 +266,15 @@ def checksum_of(path: Path) -> int:
         while piece := stream.read(READ_AT_ONCE):
             found = zlib.crc32(piece, found)
     return found
+
+
+def refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise UserError where the identity of a cache that is there is not the one that is wanted."""
+    if differ := differences(there, here):
+        raise UserError(
+            f"The teacher cache in {folder} was made for something else: {differ}. Choose another folder "
+            "(teacher.cache_folder), or delete that one."
+        )
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
