@@ -57,7 +57,7 @@ class CacheConfig:
         words = {"mode": get_args(CacheMode), "dtype": get_args(CacheDtype)}
         if wrong := [name for name, allowed in words.items() if getattr(self, name) not in allowed]:
             raise UserError(*(one_of(f"CacheConfig.{name}", getattr(self, name), words[name]) for name in wrong))
-        if not self.gb > 0:
+        if not (isinstance(self.gb, int | float) and self.gb > 0):
             raise UserError(f"CacheConfig.gb is {self.gb!r}, but must be above 0 (gigabytes).")
 
     @classmethod

@@ -227,6 +227,17 @@ def test_a_pad_token_that_only_the_tokenizer_has_fills_up_nothing(tmp_path: Path
     assert result.metrics["accuracy"] == text_by_text(result.student, tmp_path)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_gets_what_its_decoder_begins_with(family: str, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, "none", evaluation={"cost": False})
+    write_teacher(tmp_path / "teacher", family)
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": None}))
+    recipe["student"] = {"num_blocks": 2}
+    result = run(recipe, console=Console(quiet=True))
+    assert json.loads((result.student / "config.json").read_text())["pad_token_id"] == 0
+
+
 @pytest.mark.parametrize(("kind", "answer"), [("xlnet", False), ("bert", False), ("gpt2", True), ("t5gemma", True)])
 def test_who_finds_the_end_of_a_text_by_its_padding(kind: str, answer: bool) -> None:
     config = AutoConfig.for_model(kind)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -181,6 +182,32 @@ def test_a_folder_with_files_of_somebody_else_is_refused_and_left_as_it_was(tmp_
     with pytest.raises(UserError, match=r"a folder of its own, but .* \(model\.safetensors, thesis\.txt\)"):
         CacheFolder(tmp_path, WHOSE, "float32").prepare()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "thesis.txt"]
+
+
+def test_what_nobody_put_there_and_what_a_kill_left_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    for name in (".DS_Store", ".tmpQCx5n0", f"{'0' * 32}.safetensors"):
+        (tmp_path / name).write_text("")
+    CacheFolder(tmp_path, WHOSE, "float32").prepare()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"lost+found", ".DS_Store", ".lock", MANIFEST_FILE}
+
+
+def test_a_cache_that_another_process_is_making_is_not_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Path.iterdir
+    other = CacheFolder(tmp_path, WHOSE, "float32")
+
+    def late(folder: Path) -> Iterator[Path]:
+        monkeypatch.setattr(Path, "iterdir", listed)
+        other.prepare()
+        other.append({key(1): example(1)})
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    CacheFolder(tmp_path, WHOSE, "float32").prepare()
+    assert_holds(CacheFolder(tmp_path, WHOSE, "float32"), range(1, 2))
 
 
 def test_files_that_were_put_into_a_cache_later_stay(tmp_path: Path) -> None:

@@ -29,10 +29,12 @@ def padding_token(config: PretrainedConfig) -> int | None:
 def set_padding(config: PretrainedConfig, task: str, token: int) -> None:
     """Write what batches are filled up with into a configuration that needs padding and knows none, if it is a row.
 
-    Only there: an embedding's row of padding is never trained, and the end of text is what often fills up.
+    Decoders that classify need it, and encoder-decoders, whose decoder begins with it. Others do not get it: an
+    embedding's row of padding is never trained, and the end of text is what often fills up.
     """
     text: Any = config.get_text_config()
-    if ends_at_padding(config, task) and padding_token(config) is None and token < text.vocab_size:
+    needed = ends_at_padding(config, task) or config.is_encoder_decoder
+    if needed and padding_token(config) is None and token < text.vocab_size:
         text.pad_token_id = config.pad_token_id = token
 
 

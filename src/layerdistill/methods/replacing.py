@@ -89,7 +89,7 @@ class Replacing:
         One block of each kind that the model has is put in, tried on random tokens, and taken out again.
         """
         checks = [check for check in (causality_problem, padding_problem) if check(self.model) is None]
-        config: Any = self.model.config
+        config: Any = self.model.config.get_text_config()
         fields = self.description["per_layer"]
         kinds = {str([getattr(config, key)[number] for key in fields]): number for number in reversed(numbers)}
         for number in sorted(kinds.values()):

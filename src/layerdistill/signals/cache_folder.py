@@ -27,8 +27,13 @@ MANIFEST_FILE = "manifest.json"
 KEY_BYTES = 16
 READ_AT_ONCE = 2**24
 LOCK = ".lock"
+"""The file by which one process at a time changes a folder."""
+
 WHAT = "The teacher cache"
 ELSEWHERE = "with teacher.cache_folder"
+NOBODYS = ("lost+found",)
+"""What a disk has by itself, like names that begin with a dot."""
+
 SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 """What shards are called; no other file of that kind is ours to delete."""
 
@@ -160,10 +165,11 @@ class CacheFolder:
 
     def refuse_a_used_folder(self) -> None:
         """Raise UserError where the folder is no cache and not empty: a broken cache is deleted with its folder."""
-        if (self.folder / MANIFEST_FILE).exists() or not self.folder.is_dir():
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        # Looked for last: another process may be making this cache, and its shards come after its manifest.
+        if (self.folder / MANIFEST_FILE).exists():
             return
-        others = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
-        if others := [name for name in others if not name.startswith(PARTIAL_PREFIX)]:
+        if others := [name for name in names if not (name.startswith(".") or name in NOBODYS or SHARD.fullmatch(name))]:
             raise UserError(
                 f"The teacher cache needs a folder of its own, but {self.folder} holds other files "
                 f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Name a new or an empty folder "

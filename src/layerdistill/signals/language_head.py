@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerdistill.core.errors import UserError
+from layerdistill.core.padding import padding_token
 from layerdistill.core.types import LayerRef, Signal
 from layerdistill.matching.vocabulary_head import VocabularyHead
 from layerdistill.models import evaluating, find_head, find_stacks, unwrap
@@ -155,7 +156,8 @@ def stretched(head: nn.Module) -> Iterator[list[Tensor]]:
 @torch.no_grad()
 def probe(model: PreTrainedModel, layer: LayerRef) -> Signal:
     """Return what a model, in eval mode, says about a text of PROBE_LENGTH tokens; it is left in the mode it was in."""
-    known = [token for token in range(PROBE_LENGTH + 1) if token != model.config.pad_token_id]
+    padding = padding_token(model.config)
+    known = [token for token in range(PROBE_LENGTH + 1) if token != padding]
     ids = torch.tensor([known[:PROBE_LENGTH]], device=model.device)
     with evaluating(model):
         return run_model(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [layer], logits=True)
