@@ -39,8 +39,9 @@ def likeliest_tokens(logits: Tensor, which: TopK) -> TopTokens:
 
 
 def _likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    ids = _largest(upcast(logits), k)
-    softened = upcast(logits).div(temperature)  # a tensor of its own, changed in place below
+    wide = upcast(logits)
+    ids = _largest(wide, k)
+    softened = wide.div(temperature)  # a tensor of its own, changed in place below
     values = softened.gather(1, ids)
     softened.scatter_(1, ids, -torch.inf)
     peak = softened.amax(-1, keepdim=True).clamp_min_(torch.finfo(softened.dtype).min)
