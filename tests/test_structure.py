@@ -22,7 +22,7 @@ RANKS = {
     "finetune": 8, "teacher_cache": 8, "run_folder": 8, "context": 8,
     "measurement": 9,
     "runner": 10, "api": 10,
-    "caching": 11,
+    "caching": 11, "plan_found": 11,
     "plan": 12, "study": 12, "diagnosis": 12,
     "report": 13,
     "demo": 14,

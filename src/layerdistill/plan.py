@@ -19,9 +19,11 @@ from layerdistill.matching.vocabulary_loss import FEWEST_ROWS
 from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
 from layerdistill.models.fast_dtype import fast_dtype
+from layerdistill.plan_found import cache_to_come, found_cache, found_run
 from layerdistill.prepare import Prepared, WholeVocabulary, prepare, with_shapes
 from layerdistill.recipe import Recipe, dump_recipe
 from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
+from layerdistill.signals.cached_teacher import kept_names
 from layerdistill.teacher_cache import CacheConfig, needs_of_recipe, stored_dtype
 
 BYTES = 4
@@ -187,11 +189,15 @@ def show_cache(prepared: Prepared, console: Console) -> None:
         dtype = str(prepared.teacher_config.dtype or "").rpartition(".")[2]
     kept = stored_dtype(CacheConfig("auto", section.cache_dtype), dtype)
     lengths = distinct_lengths(prepared.datasets["train"])
-    size = cached_bytes(needs, pair.teacher, kept, lengths, prepared.recipe.data.task == "causal-lm")
+    language_model = prepared.recipe.data.task == "causal-lm"
+    size = cached_bytes(needs, pair.teacher, kept, lengths, language_model)
     console.print(
         f"Teacher cache ({section.cache}): {size / 1e9:.3g} GB in {kept} for {len(lengths):,} distinct examples, "
         f"{signals_in_words(needs)}."
     )
+    found = found_cache(prepared, section, kept_names(needs, language_model), kept)
+    if said := found or cache_to_come(prepared, section, size):
+        console.print(said, markup=False, highlight=False)
     if section.dtype == "float32" and fast_dtype() == "bfloat16":
         console.print(
             "This machine multiplies bfloat16 natively: with teacher.dtype: fast the teacher takes less time."
@@ -243,6 +249,8 @@ def show_training(prepared: Prepared, console: Console) -> None:
         f"Training: steps of {batch} examples on one process, {prepared.steps_per_epoch:,} {per_epoch}, learning rate "
         f"{arguments.learning_rate:g}, seed {prepared.recipe.seed}. Output: {prepared.recipe.output}"
     )
+    if said := found_run(prepared.recipe):
+        console.print(said, markup=False, highlight=False)
     if arguments.train_sampling_strategy == "group_by_length" and prepared.recipe.data.task != "causal-lm":
         console.print(
             "Batches are of examples of like length, which saves padding; a loss over a batch (CKA) then compares "

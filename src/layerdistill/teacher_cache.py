@@ -129,8 +129,7 @@ class StageTeachers:
         refuse_padding(needs)
         cached = CachedTeacher(self.live, folder, self.language_model, only_cached=self.config.mode == "require")
         note_use(folder.folder / MANIFEST_FILE)
-        place = folder.folder if folder.folder.exists() else Path()
-        on_disk = folder.size + SHARE_OF_DISK * shutil.disk_usage(place).free
+        on_disk = folder.size + SHARE_OF_DISK * free_at(folder.folder)
         return StreamedTeacher(cached, needs, min(self.config.gb * 1e9, on_disk))
 
     def source(self, needs: Needs, epochs: float) -> TeacherSource | None:
@@ -227,10 +226,7 @@ class StageTeachers:
         folder = self.open()
         lengths = distinct_lengths(self.given.datasets["train"])
         needed = cached_bytes(needs, self.live.model, folder.dtype, lengths, self.language_model, folder.completed)
-        place = folder.folder
-        while not place.exists():
-            place = place.parent
-        return Quote(needed, shutil.disk_usage(place).free)
+        return Quote(needed, free_at(folder.folder))
 
     def prepare(self, folder: CacheFolder) -> None:
         """Make the folder, once for all processes."""
@@ -308,6 +304,14 @@ def cache_home() -> Path:
     return home() / CACHES
 
 
+def free_at(place: Path) -> int:
+    """Return the free bytes of the disk on which a folder is, or would be made."""
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def spoken(name: str) -> str:
     """Return the name of a signal as a message says it."""
     return f"layer {name}" if name.isdigit() else name
@@ -366,11 +370,17 @@ def refuse_padding(needs: Needs) -> None:
 
 def needs_of_recipe(prepared: Prepared) -> Needs:
     """Return what all stages will read of the recipe's teacher, as far as it is known before anything is trained."""
-    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
     needs = Needs()
+    for asked, _ in asking_stages(prepared):
+        needs |= asked
+    return needs
+
+
+def asking_stages(prepared: Prepared) -> Iterator[tuple[Needs, float]]:
+    """Yield what each stage will read of the teacher, and its passes over the data on one process."""
+    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
     for stage in prepared.method.preview(pair, prepared.recipe.method):
         if stage.asks is not None and stage.training is not None:
             changed = replace(prepared, arguments=prepared.arguments_with(stage.training))
-            epochs = -(-changed.total_steps // changed.steps_per_epoch)
-            needs |= stage.asks(epochs, changed.steps_per_epoch)
-    return needs
+            passes = changed.total_steps / changed.steps_per_epoch
+            yield stage.asks(math.ceil(passes), changed.steps_per_epoch), passes

@@ -246,3 +246,23 @@ def test_files_whose_columns_do_not_go_together(tmp_path: Path) -> None:
     second = write_rows(tmp_path / "y.jsonl", [{"text": "a", "label": [1]}])
     with pytest.raises(UserError, match=r"the columns of .*x.jsonl, .*y.jsonl cannot be used"):
         load_splits(config(train=[str(first), str(second)]))
+
+
+PAIRS = [{"a": f"{number:05}", "b": "same", "label": number % 2} for number in range(20)]
+
+
+@pytest.mark.parametrize(("shared", "warned"), [(0, None), (1, None), (2, "10 %"), (20, "100 %")])
+def test_a_split_of_texts_that_are_trained_on_is_told(
+    shared: int, warned: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = {"train": PAIRS, "validation": PAIRS[:shared] + [row | {"b": "none"} for row in PAIRS[shared:]]}
+    load_splits(config(text=["a", "b"]), memory=splits)
+    said = f"data.validation: {shared} of 20 texts ({warned} of the characters) are in data.train too"
+    assert said in caplog.text if warned else not caplog.text
+
+
+def test_blank_rows_and_headings_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": text} for text in ("", " = Title = \n", "", "")]
+    splits = {"train": [*rows, {"text": "What is learnt."}], "validation": [*rows, {"text": 40 * "What is asked. "}]}
+    load_splits(config(task="causal-lm"), memory=splits)
+    assert not caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,11 @@ from layerdistill.data.read_files import columns_of
 from layerdistill.data.sources import Memory, read_sources
 
 logger = logging.getLogger(__name__)
+
+TEXTS = ("text", "text_pair")
+
+MUCH = 0.1
+"""Share of a split's text that is trained on, from which on it is worth a warning."""
 
 SUBSET_SEED = 0
 """Subsets are the same in every run of a study, so that its seeds differ in training and not in data."""
@@ -39,7 +45,33 @@ def load_splits(config: DataConfig, base: Path | None = None, memory: Memory | N
     rows = {split: _usable_rows(dataset, split, config) for split, dataset in raw.items()}
     raw = {split: data if len(rows[split]) == len(data) else data.select(rows[split]) for split, data in raw.items()}
     labels, feature = read_labels(raw, config) if config.label_columns else ({}, None)
-    return {split: _in_one_form(raw[split], rows[split], labels.get(split), feature, split, config) for split in raw}
+    splits = {split: _in_one_form(raw[split], rows[split], labels.get(split), feature, split, config) for split in raw}
+    _warn_of_trained_texts(splits)
+    return splits
+
+
+def _warn_of_trained_texts(splits: Mapping[str, Dataset]) -> None:
+    """Log a warning for splits of whose text much is trained on: by characters, for headings and blanks come again."""
+    texts = {split: _whole_texts(dataset) for split, dataset in splits.items()}
+    for split in splits.keys() - {"train"} if "train" in splits else ():
+        trained = texts[split].filter(pc.is_in(texts[split], texts["train"]))
+        share = _characters(trained) / max(_characters(texts[split]), 1)
+        if share >= MUCH:
+            logger.warning(
+                "data.%s: %d of %d texts (%.0f %% of the characters) are in data.train too: what is measured on them "
+                "says little of other texts.",
+                split, len(trained), len(texts[split]), 100 * share,
+            )  # fmt: skip
+
+
+def _characters(texts: pa.ChunkedArray) -> int:
+    return pc.sum(pc.utf8_length(texts)).as_py() or 0
+
+
+def _whole_texts(dataset: Dataset) -> pa.ChunkedArray:
+    """Return each row's text, with its pair."""
+    table: pa.Table = columns_of(dataset, [name for name in TEXTS if name in dataset.column_names])
+    return pc.binary_join_element_wise(*table.columns, "\0", null_handling="replace")
 
 
 def _column_problems(dataset: Dataset, split: str, config: DataConfig) -> list[str]:
@@ -96,7 +128,7 @@ def _in_one_form(
     table: pa.Table = columns_of(dataset, config.text_columns)
     columns = {"example_id": pa.array(rows, pa.int64())}
     features = {"example_id": Value("int64")}
-    for name, column in zip(("text", "text_pair"), config.text_columns, strict=False):
+    for name, column in zip(TEXTS, config.text_columns, strict=False):
         columns[name] = table[column].cast(pa.string())
         features[name] = Value("string")
     if labels is not None:

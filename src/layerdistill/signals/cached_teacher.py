@@ -92,12 +92,7 @@ class CachedTeacher:
 
     def names(self, needs: Needs) -> list[str]:
         """Return the names under which the folder keeps what `needs` asks for."""
-        names = {str(layer) for layer in needs.teacher} | {tap_name(tap) for tap in needs.teacher_taps}
-        names |= {average_name(layer) for layer in needs.teacher_averages}
-        names |= {name for which in needs.teacher_top for name in top_names(which)}
-        if needs.teacher_logits:
-            names.add(str(FINAL) if self.head is not None else LOGITS)
-        return sorted(names)
+        return kept_names(needs, needs.teacher_logits and self.head is not None)
 
     def fill(self, batches: Iterable[Batch], needs: Needs, said: Callable[[int], None] = lambda examples: None) -> None:
         """Run the teacher on the batches that the folder lacks and keep what `needs` asks for.
@@ -237,6 +232,16 @@ class Filler:
         """Write what is waiting."""
         self.cached.folder.append(self.waiting)
         self.waiting, self.size = {}, 0
+
+
+def kept_names(needs: Needs, states_for_logits: bool) -> list[str]:
+    """Return the names under which `needs` is kept; a language model's states stand for its logits."""
+    names = {str(layer) for layer in needs.teacher} | {tap_name(tap) for tap in needs.teacher_taps}
+    names |= {average_name(layer) for layer in needs.teacher_averages}
+    names |= {name for which in needs.teacher_top for name in top_names(which)}
+    if needs.teacher_logits:
+        names.add(str(FINAL) if states_for_logits else LOGITS)
+    return sorted(names)
 
 
 def tap_name(tap: Tap) -> str:
