@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,28 @@ def test_the_best_checkpoint_by_a_metric_is_what_is_kept(tmp_path: Path) -> None
     evaluated = [line["eval_accuracy"] for line in lines if "eval_accuracy" in line]
     assert len(evaluated) == 4
     assert result.metrics["accuracy"] == pytest.approx(max(evaluated))
+
+
+@pytest.mark.parametrize("newest", [12, 9], ids=["after its last step", "before it"])
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(newest: int, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, "kd")
+    recipe["training"] |= {
+        "max_steps": 12, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "load_best_model_at_end": True,
+        "metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 5e-3, "save_total_limit": 4,
+    }  # fmt: skip
+    recipe["evaluation"] = {"cost": False}
+    whole = run(recipe, console=QUIET)
+    weights = (whole.student / "model.safetensors").read_bytes()
+    moved = whole.folder.rename(tmp_path / "moved")
+    checkpoints = moved / "checkpoints" / "distill"
+    state = json.loads((checkpoints / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 12
+    for path in (moved / "student", checkpoints / "finished", *checkpoints.glob("checkpoint-*")):
+        if path.name in ("student", "finished") or int(path.name.split("-")[1]) > newest:
+            shutil.rmtree(path)
+    (moved / "evaluation.json").unlink()
+    again = run(recipe | {"output": str(moved)}, console=QUIET)
+    assert (again.student / "model.safetensors").read_bytes() == weights
 
 
 def test_data_in_memory(tmp_path: Path) -> None:

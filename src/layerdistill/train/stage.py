@@ -155,9 +155,12 @@ def is_at_end(checkpoint: Path) -> bool:
 
 
 def best_or(checkpoint: Path, wants_best: bool) -> Path:
-    """Return the best checkpoint when training was to end with it, else the one given."""
-    best = read_state(checkpoint).get("best_model_checkpoint")
-    return Path(best) if wants_best and best and Path(best).exists() else checkpoint
+    """Return the best checkpoint when training was to end with it, else the one given.
+
+    By its step and beside the one given: the path in the state is that of a folder that may have been moved since.
+    """
+    best = checkpoint.parent / f"checkpoint-{read_state(checkpoint).get('best_global_step')}"
+    return best if wants_best and best.exists() else checkpoint
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -298,7 +298,8 @@ class StageTrainer(Trainer):
         load_stage(self.composite, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_stage(self.composite, Path(str(self.state.best_model_checkpoint)))
+        # Not by the path in the state, which is that of a folder that may have been moved before the run went on.
+        load_stage(self.composite, Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}")
 
 
 def save_student(student: Any, folder: Path | str, tokenizer: Any = None) -> None:
