@@ -19,12 +19,11 @@ from layerdistill.matching.vocabulary_loss import FEWEST_ROWS
 from layerdistill.methods.table import find_method
 from layerdistill.models import count_parameters, empty_model
 from layerdistill.models.fast_dtype import fast_dtype
-from layerdistill.plan_found import cache_to_come, found_cache, found_run
+from layerdistill.plan_cache import CacheQuote, cache_sentences
+from layerdistill.plan_output import found_run
 from layerdistill.prepare import Prepared, WholeVocabulary, prepare, with_shapes
 from layerdistill.recipe import Recipe, dump_recipe
-from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
-from layerdistill.signals.cached_teacher import kept_names
-from layerdistill.teacher_cache import CacheConfig, needs_of_recipe, stored_dtype
+from layerdistill.teacher_needs import asking_stages, needs_of
 
 BYTES = 4
 """Bytes per float32 number."""
@@ -170,34 +169,28 @@ def show_terms(prepared: Prepared, console: Console) -> None:
 
 
 def show_cache(prepared: Prepared, console: Console) -> None:
-    """Print what keeping the teacher's signals would take."""
-    section = prepared.recipe.teacher
-    needs = needs_of_recipe(prepared)
-    if section is None or section.cache == "off" or not needs.teacher_at_all:
+    """Print what keeping the teacher's signals would take, what is kept already, and what a run will do."""
+    section, stages = prepared.recipe.teacher, asking_stages(prepared)
+    if section is None or section.cache == "off" or not stages:
         return
+    said, needs = f"Teacher cache ({section.cache}):", needs_of(stages)
     if needs.teacher_padding:
-        console.print(f"Teacher cache ({section.cache}): none, for the method counts padding.", highlight=False)
+        refused = "" if section.cache == "auto" else " A run would refuse this: write teacher.cache: off."
+        console.print(f"{said} none, for the method counts padding.{refused}", highlight=False)
         return
     if not isinstance(prepared.datasets["train"], Sized):
-        said = STREAM_CACHE[section.cache].format(gb=section.cache_gb)
-        console.print(f"Teacher cache ({section.cache}): {said}.", highlight=False)
+        console.print(f"{said} {STREAM_CACHE[section.cache].format(gb=section.cache_gb)}.", highlight=False)
         return
-    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
-    assert pair.teacher is not None and prepared.teacher_config is not None, "a teacher section comes with a model"
-    dtype = fast_dtype() if section.dtype == "fast" else str(section.dtype)
-    if dtype == "auto":
-        dtype = str(prepared.teacher_config.dtype or "").rpartition(".")[2]
-    kept = stored_dtype(CacheConfig("auto", section.cache_dtype), dtype)
-    lengths = distinct_lengths(prepared.datasets["train"])
-    language_model = prepared.recipe.data.task == "causal-lm"
-    size = cached_bytes(needs, pair.teacher, kept, lengths, language_model)
+    quote = CacheQuote.of(prepared, section)
+    about = "" if all(stage.certain for stage in stages) else "about "
     console.print(
-        f"Teacher cache ({section.cache}): {size / 1e9:.3g} GB in {kept} for {len(lengths):,} distinct examples, "
-        f"{signals_in_words(needs)}."
+        f"{said} {about}{quote.bytes_of(needs) / 1e9:.3g} GB in {quote.dtype} for {len(quote.lengths):,} distinct "
+        f"examples, {signals_in_words(needs)}."
     )
-    found = found_cache(prepared, section, kept_names(needs, language_model), kept)
-    if said := found or cache_to_come(prepared, section, size):
-        console.print(said, markup=False, highlight=False)
+    if about:
+        console.print("Which layers it reads is chosen while the method runs; these are those of one choice.")
+    for sentence in cache_sentences(prepared, section, stages, quote):
+        console.print(sentence, markup=False, highlight=False)
     if section.dtype == "float32" and fast_dtype() == "bfloat16":
         console.print(
             "This machine multiplies bfloat16 natively: with teacher.dtype: fast the teacher takes less time."
@@ -249,7 +242,7 @@ def show_training(prepared: Prepared, console: Console) -> None:
         f"Training: steps of {batch} examples on one process, {prepared.steps_per_epoch:,} {per_epoch}, learning rate "
         f"{arguments.learning_rate:g}, seed {prepared.recipe.seed}. Output: {prepared.recipe.output}"
     )
-    if said := found_run(prepared.recipe):
+    if said := found_run(prepared):
         console.print(said, markup=False, highlight=False)
     if arguments.train_sampling_strategy == "group_by_length" and prepared.recipe.data.task != "causal-lm":
         console.print(

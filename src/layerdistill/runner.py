@@ -25,13 +25,16 @@ from layerdistill.run_folder import (
     EVALUATION_FILE,
     STUDENT_FOLDER,
     RunResult,
+    content_of,
     forget,
     lock,
     read_result,
     record_start,
     refuse_another_recipe,
+    refuse_other_content,
 )
-from layerdistill.teacher_cache import CacheConfig, StageTeachers, needs_of_recipe, refuse_cache_of_other_data
+from layerdistill.teacher_cache import CacheConfig, StageTeachers, refuse_cache_of_other_data
+from layerdistill.teacher_needs import asking_stages
 from layerdistill.train.stage import StageInput, run_stage
 from layerdistill.train.trainer import save_student
 
@@ -69,11 +72,14 @@ def run(
         settle_dtype(recipe.teacher, (shown, teacher.model), console)
         given = stage_input(prepared, folder, console)
         teachers = StageTeachers(pair.teacher, CacheConfig.of(recipe.teacher), given)
-        teachers.refuse_early(needs_of_recipe(prepared))
+        teachers.refuse_early(asking_stages(prepared))
+        content = content_of(prepared.datasets["train"], teacher.model)
+        if not again:
+            refuse_other_content(folder, content)
         # Only now nothing of the recipe can be wrong any more, and what an earlier run left may go.
         if again:
             forget(folder)
-        record_start(folder, recipe, prepared)
+        record_start(folder, recipe, prepared, content)
         thrown_away = train(prepared, pair, teachers, given)
         return evaluate_run(prepared, replace(pair, teacher=teacher.model), folder, thrown_away)
 

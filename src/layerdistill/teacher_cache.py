@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,13 +24,21 @@ from layerdistill.core.types import Batch, Needs, Stage, TeacherSource
 from layerdistill.data import fingerprint_dataset
 from layerdistill.models import TeacherConfig
 from layerdistill.models.config import CacheDtype, CacheMode
-from layerdistill.prepare import Prepared, with_shapes
+from layerdistill.prepare import Prepared
 from layerdistill.signals import LiveTeacher
-from layerdistill.signals.cache_folder import MANIFEST_FILE, CacheFolder, differences, read_manifest, refuse_another
-from layerdistill.signals.cache_rows import StoredDtype
+from layerdistill.signals.cache_folder import (
+    MANIFEST_FILE,
+    CacheFolder,
+    differences,
+    read_manifest,
+    refuse_a_used_folder,
+    refuse_another,
+)
+from layerdistill.signals.cache_rows import LOG_PROBABILITIES, TOKENS, StoredDtype
 from layerdistill.signals.cache_size import cached_bytes, distinct_lengths
 from layerdistill.signals.cached_teacher import CachedTeacher
 from layerdistill.signals.streamed_teacher import StreamedTeacher
+from layerdistill.teacher_needs import AskingStage, asking_stages, needs_of
 from layerdistill.train.config import argument_of
 from layerdistill.train.stage import StageInput, stage_arguments
 
@@ -92,20 +100,23 @@ class StageTeachers:
         self.language_model = given.task == "causal-lm"
         self.opened: CacheFolder | None = None
 
-    def refuse_early(self, needs: Needs) -> None:
-        """Raise UserError for a cache that was made for something else or, where it may only be read, lacks `needs`.
+    def refuse_early(self, stages: Sequence[AskingStage]) -> None:
+        """Raise UserError for a cache that was made for something else or, where it may only be read, lacks something.
 
-        `auto` has none to refuse unless its folder was named. What is lacking of a stream is found when it comes.
+        `auto` has none to refuse unless its folder was named. What is lacking of a stream, and of layers that are
+        chosen while the method runs, is found when it comes.
         """
+        needs, certain = needs_of(stages), needs_of(stage for stage in stages if stage.certain)
         if self.live is None or self.config is None or self.config.mode == "off":
             return
         if self.config.mode != "auto":
             refuse_padding(needs)
         if needs.teacher_at_all and (self.config.mode != "auto" or self.config.folder is not None):
             cached = CachedTeacher(self.live, self.open(), self.language_model)
-            whole = isinstance(self.given.datasets["train"], Sized)
-            if whole and self.config.mode == "require" and not cached.folder.complete(cached.names(needs)):
-                raise UserError(self.nothing_cached(cached, needs))
+            if self.config.mode == "require" and isinstance(self.given.datasets["train"], Sized):
+                complete = cached.folder.complete(cached.names(certain))
+                if not (complete and cached.folder.completed):
+                    raise UserError(self.nothing_cached(cached, certain if certain.teacher_at_all else needs, FIRST))
 
     def of(self, stage: Stage) -> TeacherSource | None:
         """Return the source of a stage that has none of its own; raises UserError where `require` finds no cache."""
@@ -140,16 +151,15 @@ class StageTeachers:
         if self.config.folder is not None:
             self.open()
         try:
-            cached = self.cached(needs, epochs)
+            return self.cached(needs, epochs)
         except UserError as error:
             if self.config.mode != "auto":
                 raise
             self.given.console.print(f"The teacher is not cached: {' '.join(error.problems)}", highlight=False)
             return self.live
-        return cached or self.live
 
-    def cached(self, needs: Needs, epochs: float) -> CachedTeacher | None:
-        """Return the cache, filled, or None where `auto` finds it not worth its while."""
+    def cached(self, needs: Needs, epochs: float) -> CachedTeacher:
+        """Return the cache, filled; raises UserError where it cannot be, and where `auto` finds it not worth while."""
         assert self.live is not None and self.config is not None, "of() has seen to it"
         mode = self.config.mode
         refuse_padding(needs)
@@ -157,9 +167,11 @@ class StageTeachers:
         cached = CachedTeacher(self.live, folder, self.language_model, only_cached=mode == "require")
         if not agreed(folder.complete(cached.names(needs))):
             if mode == "auto" and epochs < WORTH_KEEPING:
-                return None
+                raise UserError(f"{epochs:.3g} passes over the data are fewer than {WORTH_KEEPING:g}.")
             if mode == "require":
-                raise UserError(self.nothing_cached(cached, needs))
+                raise UserError(
+                    self.nothing_cached(cached, needs, "The same command with teacher.cache: fill goes on.")
+                )
             self.refuse_too_large(needs)
             self.fill(cached, needs)
         note_use(folder.folder / MANIFEST_FILE)
@@ -218,6 +230,7 @@ class StageTeachers:
                 f"it would need {quote}, and teacher.cache_gb allows {self.config.gb:g}. {advice}, or raise "
                 "teacher.cache_gb."
             )
+        refuse_a_used_folder(self.open().folder)
         self.given.console.print(f"Caching the teacher in {self.open().folder}: {quote}.", highlight=False)
 
     def quote(self, needs: Needs) -> Quote:
@@ -270,16 +283,12 @@ class StageTeachers:
                 name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
             }
 
-    def nothing_cached(self, cached: CachedTeacher, needs: Needs) -> str:
+    def nothing_cached(self, cached: CachedTeacher, needs: Needs, advice: str) -> str:
         """Return the message of `require` without a cache: what is lacking, or what the nearest one differs in."""
-        advice = "Run `layerdistill cache` with the same recipe first, or write teacher.cache: fill."
         if (cached.folder.folder / MANIFEST_FILE).exists():
-            lacking = [spoken(name) for name in cached.names(needs) if not cached.folder.complete([name])]
-            there = ", ".join(map(spoken, sorted(cached.folder.completed))) or "nothing that is complete"
-            return (
-                f"teacher.cache is 'require', but {cached.folder.folder} lacks {', '.join(lacking)}; it has {there}. "
-                f"{advice}"
-            )
+            lacking = spoken(name for name in cached.names(needs) if not cached.folder.complete([name]))
+            there = spoken(sorted(cached.folder.completed)) or "nothing that is complete"
+            return f"teacher.cache is 'require', but {cached.folder.folder} lacks {lacking}; it has {there}. {advice}"
         others = [
             (differences(read_manifest(path)["identity"], cached.folder.identity), path.parent)
             for path in sorted(cache_home().glob(f"*/{MANIFEST_FILE}"))
@@ -294,6 +303,8 @@ class StageTeachers:
 
 
 EMPTY = Stage("cache", None, nn.ModuleList())
+
+FIRST = "Run `layerdistill cache` with the same recipe first, or write teacher.cache: fill."
 
 QUOTED_AFTER = 3.0
 """Seconds of filling after which its length can be told."""
@@ -312,9 +323,15 @@ def free_at(place: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def spoken(name: str) -> str:
-    """Return the name of a signal as a message says it."""
-    return f"layer {name}" if name.isdigit() else name
+def spoken(names: Iterable[str]) -> str:
+    """Return the names of signals as a message says them."""
+    words = []
+    for name in names:
+        if name.startswith(TOKENS):
+            words.append(f"the {name.removeprefix(TOKENS).split(':')[0]} likeliest tokens")
+        elif not name.startswith(LOG_PROBABILITIES):
+            words.append(f"layer {name}" if name.isdigit() else name)
+    return ", ".join(words)
 
 
 def stored_dtype(config: CacheConfig, teacher_dtype: str) -> StoredDtype:
@@ -349,7 +366,7 @@ def refuse_cache_of_other_data(prepared: Prepared) -> None:
     if section is None or section.finetune is None or section.cache == "off" or section.cache_folder is None:
         return
     path = Path(section.cache_folder) / MANIFEST_FILE
-    if path.exists() and needs_of_recipe(prepared).teacher_at_all:
+    if path.exists() and asking_stages(prepared):
         there, here = read_manifest(path)["identity"], data_identity(prepared.datasets["train"], prepared.tokenizer)
         refuse_another(path.parent, {name: there.get(name) for name in here}, here)
 
@@ -366,21 +383,3 @@ def refuse_padding(needs: Needs) -> None:
             "The method counts padding, and what the teacher says of padding is not kept, for it depends on the other "
             "texts of a batch. Write teacher.cache: off, or leave out the option that counts padding."
         )
-
-
-def needs_of_recipe(prepared: Prepared) -> Needs:
-    """Return what all stages will read of the recipe's teacher, as far as it is known before anything is trained."""
-    needs = Needs()
-    for asked, _ in asking_stages(prepared):
-        needs |= asked
-    return needs
-
-
-def asking_stages(prepared: Prepared) -> Iterator[tuple[Needs, float]]:
-    """Yield what each stage will read of the teacher, and its passes over the data on one process."""
-    pair = with_shapes(prepared.pair, prepared.teacher_config, prepared.student_config, prepared.labels)
-    for stage in prepared.method.preview(pair, prepared.recipe.method):
-        if stage.asks is not None and stage.training is not None:
-            changed = replace(prepared, arguments=prepared.arguments_with(stage.training))
-            passes = changed.total_steps / changed.steps_per_epoch
-            yield stage.asks(math.ceil(passes), changed.steps_per_epoch), passes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,6 +16,9 @@ from layerdistill.core.errors import UserError
 from layerdistill.core.files import explained_disk_errors
 
 Value = TypeVar("Value")
+
+HELD: set[IO[str]] = set()
+"""The lock files of this process, open."""
 
 
 def agreed(value: Value) -> Value:
@@ -30,7 +34,20 @@ def file_lock(path: Path, what: str, wait: bool = True, elsewhere: str = "with -
         stream = path.open("w")
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        HELD.add(stream)
+        try:
+            yield
+        finally:
+            HELD.discard(stream)
+
+
+def _let_go() -> None:
+    # A forked worker of a data loader outlives a killed command for seconds, and with it a lock that it inherited.
+    while HELD:
+        HELD.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager

@@ -233,7 +233,9 @@ class StagePreview:
 
     `thrown_away` counts the parameters of modules that serve the training only; `student_parameters` is what the
     student has after the stage, None where the stage does not change that. `notes` are whole sentences. `training`
-    is what the stage changes in the recipe's training arguments, None where nothing is trained.
+    is what the stage changes in the recipe's training arguments, None where nothing is trained. `asks` tells what its
+    terms read of the teacher, by the number of epochs and of steps in one; where blocks are `chosen_later`, while the
+    method runs, it tells that of some choice.
     """
 
     name: str
@@ -244,6 +246,7 @@ class StagePreview:
     notes: Sequence[str] = ()
     training: Mapping[str, Any] | None = field(default_factory=dict)
     asks: Callable[[int, int], Needs] | None = None
+    chosen_later: bool = False
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class IterativeStructuredKnowledgeDistillation:
                     student_parameters=left,
                     notes=[note] if count == 1 else [],
                     asks=partial(needs_during, terms),
+                    chosen_later=not known,
                 )
             )
         return with_schedule(previews, config)

@@ -141,6 +141,7 @@ class LayerPruning:
                     training={} if training else None,
                     notes=[f"Before it, {count} of {before} blocks are removed by {config.importance} ({how})."],
                     asks=partial(needs_during, terms) if training else None,
+                    chosen_later=True,
                 )
             )
         return previews

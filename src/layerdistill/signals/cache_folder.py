@@ -151,7 +151,7 @@ class CacheFolder:
 
         Raises UserError for a folder with files of somebody else.
         """
-        self.refuse_a_used_folder()
+        refuse_a_used_folder(self.folder)
         with explained_disk_errors(WHAT, self.folder, ELSEWHERE), self._locked():
             self.refresh()
             sweep_partials(self.folder)
@@ -162,19 +162,6 @@ class CacheFolder:
                     path.unlink()
             if not (self.folder / MANIFEST_FILE).exists():
                 self._write_manifest()
-
-    def refuse_a_used_folder(self) -> None:
-        """Raise UserError where the folder is no cache and not empty: a broken cache is deleted with its folder."""
-        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
-        # Looked for last: another process may be making this cache, and its shards come after its manifest.
-        if (self.folder / MANIFEST_FILE).exists():
-            return
-        if others := [name for name in names if not (name.startswith(".") or name in NOBODYS or SHARD.fullmatch(name))]:
-            raise UserError(
-                f"The teacher cache needs a folder of its own, but {self.folder} holds other files "
-                f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Name a new or an empty folder "
-                f"{ELSEWHERE}."
-            )
 
     def append(self, examples: Mapping[bytes, Mapping[str, Tensor]]) -> None:
         """Add one shard: for each key the rows `(n, width)` of signals, the same names for all of them.
@@ -228,6 +215,19 @@ class CacheFolder:
 
     def _locked(self) -> AbstractContextManager[None]:
         return file_lock(self.folder / LOCK, WHAT, elsewhere=ELSEWHERE)
+
+
+def refuse_a_used_folder(folder: Path) -> None:
+    """Raise UserError where a folder is no cache and not empty: a broken cache is deleted with its folder."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # Looked for last: another process may be making this cache, and its shards come after its manifest.
+    if (folder / MANIFEST_FILE).exists():
+        return
+    if others := [name for name in names if not (name.startswith(".") or name in NOBODYS or SHARD.fullmatch(name))]:
+        raise UserError(
+            f"The teacher cache needs a folder of its own, but {folder} holds other files "
+            f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Name a new or an empty folder {ELSEWHERE}."
+        )
 
 
 def copied_signals(

@@ -12,7 +12,7 @@ from rich.console import Console
 from task_recipes import task_recipe
 from toy_recipe import toy_recipe
 
-from layerdistill import plan_found
+from layerdistill import plan_cache
 from layerdistill.caching import fill_cache
 from layerdistill.core.errors import UserError
 from layerdistill.plan import show_plan
@@ -52,9 +52,9 @@ def said_by_run(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> s
 def test_a_cache_that_is_there_is_found(named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = {"cache_folder": str(tmp_path / "cache")} if named else {}
     recipe = recipe_of(tmp_path, **where)
-    assert "Nothing of it is kept yet: a run fills it before its first step." in planned(recipe, tmp_path)
+    assert "A run keeps what is lacking before the first step that reads it." in planned(recipe, tmp_path)
     folder = fill_cache(load_recipe(recipe), SAID)
-    assert f"{folder} holds all of it for these data, if its teacher is this one" in planned(recipe, tmp_path)
+    assert f"{folder} holds all of it for these data. (A run compares" in planned(recipe, tmp_path)
     other = recipe_of(tmp_path, **where)
     other["method"]["layer_map"] = [[1, 1], [2, 4]]
     assert f"{folder} holds all of it but layer 1 for these data" in planned(other, tmp_path)
@@ -79,7 +79,7 @@ def test_a_cache_of_something_else_is_refused_where_it_is_named(
         recipe[section] |= values
     text = planned(recipe, tmp_path)
     assert " holds " not in text
-    assert (f"A run would refuse {folder}, which was made for something else" in text) == named
+    assert (f"A run would refuse this: The teacher cache in {folder} was made for something else" in text) == named
     if named:
         with pytest.raises(UserError, match="made for something else"):
             run(recipe)
@@ -100,17 +100,24 @@ def test_what_auto_would_not_keep_is_said_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = recipe_of(tmp_path, steps=12)
-    assert "It would not be kept: no stage passes over the data 1.5 times." in planned(short, tmp_path)
+    assert (
+        "The teacher would be run at every step, and not kept: 1 passes over the data are fewer than 1.5."
+        in planned(short, tmp_path)
+    )
     small = recipe_of(tmp_path, cache_gb=1e-9)
-    assert "It would not be kept: teacher.cache_gb allows 1e-09." in planned(small, tmp_path)
+    assert "GB are needed, and teacher.cache_gb allows 1e-09." in planned(small, tmp_path)
     for recipe in (short, small):
         assert "The teacher is read from" not in said_by_run(recipe | {"output": str(tmp_path / "other")}, capsys)
         shutil.rmtree(tmp_path / "other")
     assert "not be kept" not in planned(recipe_of(tmp_path), tmp_path)
-    monkeypatch.setattr(plan_found, "free_at", lambda place: 10)
-    assert "It would not be kept: 1e-08 GB are free." in planned(recipe_of(tmp_path), tmp_path)
-    assert "A run would refuse this: 1e-08 GB are free." in planned(recipe_of(tmp_path, cache="fill"), tmp_path)
-    assert "A run would refuse this: nothing is kept yet." in planned(recipe_of(tmp_path, cache="require"), tmp_path)
+    monkeypatch.setattr(plan_cache, "free_at", lambda place: 10)
+    assert "not kept: 0.000109 GB are needed, 1e-08 GB are free." in planned(recipe_of(tmp_path), tmp_path)
+    assert "A run would refuse this: 0.000109 GB are needed, 1e-08 GB are free." in planned(
+        recipe_of(tmp_path, cache="fill"), tmp_path
+    )
+    assert "A run would refuse this, for not all of it is there." in planned(
+        recipe_of(tmp_path, cache="require"), tmp_path
+    )
 
 
 def test_a_run_that_is_there_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
