@@ -27,7 +27,7 @@ from layerdistill.finetune import in_students_ids, load_teacher, open_model
 from layerdistill.measurement import reads_the_data
 from layerdistill.prepare import Prepared, own_tokenizer, prepare
 from layerdistill.recipe import Recipe, load_recipe
-from layerdistill.run_folder import DIAGNOSIS_FOLDER, EVALUATION_FILE, RECIPE_FILE, STUDENT_FOLDER
+from layerdistill.run_folder import DIAGNOSIS_FOLDER, EVALUATION_FILE, RECIPE_FILE, STUDENT_FOLDER, recipe_folder
 from layerdistill.runner import load_student_model, stage_input
 
 BATCH_SIZE = 32
@@ -103,7 +103,9 @@ def open_source(source: Path, overrides: list[str], output: Path | None) -> Sour
             f"--set {refused[0]!r} would change what this run was. Of a finished run only {', '.join(CHANGEABLE)} may "
             "be set (other rows, or where files now lie)."
         )
-    return Source(load_recipe(source / RECIPE_FILE, overrides), source, output or source / DIAGNOSIS_FOLDER)
+    return Source(
+        load_recipe(source / RECIPE_FILE, overrides, recipe_folder(source)), source, output or source / DIAGNOSIS_FOLDER
+    )
 
 
 def rows_to_show(prepared: Prepared, examples: int) -> tuple[str, Dataset]:

@@ -88,19 +88,21 @@ RecipeLoader.yaml_implicit_resolvers = {
 }
 
 
-def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | None = None, base: Path | None = None
+) -> Recipe:
     """Read a recipe from a YAML file, a dict or a Recipe, with `a.b=c` overrides applied.
 
+    Relative paths of data begin in `base`, by default in the file's folder.
     Raises UserError with one sentence per problem: unknown keys, wrong types, impossible training arguments.
     """
-    base: Path | None = None
     if isinstance(source, Recipe):
-        base, given = source.base, source.model_dump(mode="json")
+        base, given = base or source.base, source.model_dump(mode="json")
     elif isinstance(source, dict):
         given = dict(source)
     else:
         path = Path(source)
-        given, base = read_yaml(path), path.resolve().parent
+        given, base = read_yaml(path), base or path.resolve().parent
     for override in overrides or []:
         apply_override(given, override)
     problems = [] if not isinstance(given.get("training"), dict) else training_problems(given["training"])

@@ -113,6 +113,13 @@ def content_of(train: Any, teacher: nn.Module | None = None) -> dict[str, str]:
     return data | ({CONTENT[1]: fingerprint_model(teacher)} if teacher is not None else {})
 
 
+def recipe_folder(folder: Path) -> Path | None:
+    """Return where relative paths of a run's recipe began, None where that is not known or not there any more."""
+    path = folder / ENVIRONMENT_FILE
+    noted = read_json(path).get("recipe_folder") if path.exists() else None
+    return Path(noted) if noted and Path(noted).is_dir() else None
+
+
 def with_defaults(given: Any) -> Any:
     """Return a recipe as it was dumped, with the keys that came since then at their defaults."""
     try:

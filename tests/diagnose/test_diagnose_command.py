@@ -229,3 +229,18 @@ def test_importance_of_two_stacks_is_left_out_with_the_reason() -> None:
     model = tiny_model("bart")
     with pytest.raises(LeftOut, match="one stack of blocks"):
         importance_profile(model, "sequence-classification", [tiny_batch(model)])
+
+
+def test_a_run_knows_where_its_recipe_lay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = toy_recipe(tmp_path / "project", "kd", evaluation={"cost": False})
+    recipe["data"] |= {"train": "data/train.jsonl", "validation": "data/validation.jsonl"}
+    recipe["output"] = str(tmp_path / "run")
+    run(written(tmp_path / "project", recipe), ["training.max_steps=2"])
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(monkeypatch, capsys, "run", "--parts", "importance", "--examples", "8")
+    assert status == 0, err
+    (tmp_path / "project").rename(tmp_path / "elsewhere")
+    status, _, err = call(monkeypatch, capsys, "run", "--parts", "importance", "--examples", "8")
+    assert status == 2 and "no such file" in err

@@ -61,3 +61,28 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         collect_rows(tmp_path)
+
+
+def changed(run: Path, **parts: object) -> None:
+    """Write parts of a run's evaluation anew; None takes one away."""
+    found = json.loads((run / "evaluation.json").read_text()) | parts
+    (run / "evaluation.json").write_text(json.dumps({name: part for name, part in found.items() if part is not None}))
+
+
+def test_runs_without_a_teacher_and_without_costs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_run(tmp_path, "none", 1, 0.7)
+    changed(tmp_path / "none-1", teacher=None, cost={"student": {"parameters": {"total": 10}}})
+    main([str(tmp_path)])
+    assert "| none (1 seeds) | 0.7000" in capsys.readouterr().out
+    changed(tmp_path / "none-1", teacher={"accuracy": 0.9}, cost=None)
+    main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| teacher | 0.9000" in printed and "| none (1 seeds) | 0.7000" in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["one", "two"]])
+def test_wrong_input_is_one_message(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err

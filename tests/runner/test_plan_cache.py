@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from method_recipe import method_recipe
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from task_recipes import task_recipe
 from toy_recipe import toy_recipe
 
@@ -18,6 +20,7 @@ from layerdistill.core.errors import UserError
 from layerdistill.plan import show_plan
 from layerdistill.recipe import load_recipe
 from layerdistill.runner import run
+from layerdistill.signals.cache_folder import manifest_text, read_manifest
 
 SAID = Console(quiet=True)
 
@@ -120,27 +123,109 @@ def test_what_auto_would_not_keep_is_said_with_the_reason(
     )
 
 
-def test_a_run_that_is_there_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(tmp_path, "kd", cache="off")
-    assert "was begun" not in planned(recipe, tmp_path)
-    run(recipe)
-    folder = Path(recipe["output"])
-    assert f"{folder} is finished: `train` would only show its result" in planned(recipe, tmp_path)
-    other = recipe | {"seed": 5}
-    text = planned(other, tmp_path)
-    assert f"`train` would refuse this: {folder} holds a run of another recipe" in text and "5 now" in text
-    (folder / "evaluation.json").unlink()
-    assert f"{folder} was begun: `train` goes on with it (stage distill done)." in planned(recipe, tmp_path)
+def chosen_later(folder: Path, method: str, **teacher: Any) -> dict[str, Any]:
+    """A recipe whose method chooses by importance what it reads of the teacher."""
+    found = method_recipe(folder, method)
+    found["training"] = {"max_steps": 24, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
+    found["evaluation"] = {"cost": False}
+    found["teacher"] |= teacher
+    found["method"] |= (
+        {"order": "importance", "calibration": {"examples": 16}} if method == "iskd" else {"num_removed": 1}
+    )
+    return found
 
 
-def test_how_far_a_run_came_is_said(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "kd", cache="off")
-    run(recipe)
-    folder = Path(recipe["output"])
-    (folder / "evaluation.json").unlink()
-    shutil.rmtree(folder / "checkpoints" / "distill" / "finished")
-    assert "goes on with it (nothing is trained yet)." in planned(recipe, tmp_path)
-    state = folder / "checkpoints" / "distill" / "checkpoint-6"
-    state.mkdir()
-    (state / "trainer_state.json").write_text(json.dumps({"global_step": 6, "max_steps": 24}))
-    assert "goes on with it (stage distill at step 6 of 24)." in planned(recipe, tmp_path)
+@pytest.mark.parametrize("method", ["iskd", "layer_prune"])
+def test_layers_that_are_chosen_later_are_not_promised(method: str, tmp_path: Path) -> None:
+    recipe = chosen_later(tmp_path, method, cache="fill")
+    with pytest.raises(UserError, match="chooses blocks while it runs"):
+        fill_cache(load_recipe(recipe), SAID)
+    text = planned(recipe, tmp_path)
+    assert "Teacher cache (fill): about " in text and "these are those of one choice." in text
+    with pytest.raises(UserError, match="there is no cache for this recipe"):
+        run(recipe | {"teacher": recipe["teacher"] | {"cache": "require"}})
+    run(recipe, console=SAID)
+    text = planned(recipe, tmp_path)
+    assert " holds layer " in text and "all of it" not in text
+    required = recipe | {"teacher": recipe["teacher"] | {"cache": "require"}, "output": str(tmp_path / "required")}
+    assert "is refused at a stage that reads something else." in planned(required, tmp_path)
+    run(required, console=SAID)
+
+
+def test_a_run_that_may_only_read_goes_on_when_it_may_fill(tmp_path: Path) -> None:
+    recipe = chosen_later(tmp_path, "iskd", cache="fill")
+    whole = run(recipe, console=SAID)
+    kept = tmp_path / "kept"
+    whole.folder.rename(kept)
+    cache = next((tmp_path / "home" / "cache").iterdir())
+    manifest = read_manifest(cache / "manifest.json")
+    numbers = sorted(name for name in manifest["complete"] if name.isdigit())
+    later = next(name for name in numbers[::-1] if name not in manifest["shards"][0]["signals"])
+    manifest["complete"].remove(later)
+    (cache / "manifest.json").write_text(manifest_text(manifest))
+    with pytest.raises(UserError, match=f"lacks layer {later}.*The same command with teacher.cache: fill goes on."):
+        run(recipe | {"teacher": recipe["teacher"] | {"cache": "require"}}, console=SAID)
+    assert list((tmp_path / "run" / "checkpoints").glob("*/finished")), "a stage was trained before"
+    again = run(recipe, console=SAID)
+    assert (again.student / "model.safetensors").read_bytes() == (kept / "student/model.safetensors").read_bytes()
+
+
+def test_what_is_lacking_of_a_cache_is_told_with_what_follows(tmp_path: Path) -> None:
+    fill_cache(load_recipe(recipe_of(tmp_path)), SAID)
+    for cache, steps, said in (
+        ("require", 24, "A run would refuse this, for not all of it is there."),
+        ("auto", 12, "The teacher would be run at every step, and not kept: 1 passes"),
+        ("auto", 24, "A run keeps what is lacking before the first step that reads it."),
+    ):
+        recipe = recipe_of(tmp_path, cache=cache, steps=steps)
+        assert said not in planned(recipe, tmp_path), "all of it is there"
+        recipe["method"]["layer_map"] = [[1, 1], [2, 4]]
+        text = planned(recipe, tmp_path)
+        assert "holds all of it but layer 1 for" in text and said in text
+
+
+def test_stages_are_quoted_one_by_one(tmp_path: Path) -> None:
+    recipe = chosen_later(tmp_path, "iskd", cache="auto", cache_gb=7e-5)
+    recipe["method"]["order"] = [1, 3]
+    assert "A run keeps what is lacking before the first step that reads it." in planned(recipe, tmp_path)
+    run(recipe, console=SAID)
+    text = planned(recipe, tmp_path)
+    assert "holds all of it for" in text and "A run keeps" not in text
+
+
+@pytest.mark.parametrize("how", ["fine-tuned", "no dtype in its config"])
+def test_the_dtype_that_is_kept_is_that_of_the_loaded_teacher(how: str, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, dtype="auto")
+    weights, config = tmp_path / "teacher" / "model.safetensors", tmp_path / "teacher" / "config.json"
+    halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    save_file(halved, weights, metadata={"format": "pt"})
+    content = {name: value for name, value in json.loads(config.read_text()).items() if name != "dtype"}
+    config.write_text(json.dumps(content | ({"dtype": "bfloat16"} if how == "fine-tuned" else {})))
+    if how == "fine-tuned":
+        recipe["teacher"]["finetune"] = {"max_steps": 2}
+    text = planned(recipe, tmp_path)
+    run(recipe, console=SAID)
+    kept = "float16" if how == "fine-tuned" else "bfloat16"
+    assert f" GB in {kept} for " in text
+    assert "holds all of it for" in planned(recipe, tmp_path)
+
+
+def test_folders_that_a_run_refuses(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, cache_folder=str(tmp_path / "data"))
+    assert "A run would refuse this: The teacher cache needs a folder of its own" in planned(recipe, tmp_path)
+    for where in ({"cache_folder": str(tmp_path / "cache")}, {}):
+        recipe = recipe_of(tmp_path, **where)
+        folder = fill_cache(load_recipe(recipe), SAID)
+        next(folder.glob("*.safetensors")).unlink()
+        text = planned(recipe, tmp_path)
+        assert " holds " not in text
+        assert ("A run would refuse this: " in text and " lacks " in text) == bool(where)
+
+
+@pytest.mark.parametrize("cache", ["auto", "fill", "require"])
+def test_a_method_that_counts_padding_is_refused_where_it_must_be_kept(cache: str, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, cache=cache)
+    recipe["method"]["distance"] = "padded_normalised_mse"
+    text = planned(recipe, tmp_path)
+    assert "none, for the method counts padding." in text
+    assert ("A run would refuse this" in text) == (cache != "auto")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,10 @@ def collect_rows(folder: Path) -> list[ComparisonRow]:
     if not found:
         raise UserError(f"There is no finished run (a folder with evaluation.json) directly below {folder}.")
     first = next(iter(found.values()))[0]
-    rows = [ComparisonRow.from_cost("teacher", first["teacher"], first["cost"]["teacher"], True, first.get("chance"))]
+    rows = []
+    if "teacher" in first:  # a run of `none` may have had none
+        cost = cost_of(first, "teacher")
+        rows.append(ComparisonRow.from_cost("teacher", first["teacher"], cost, True, first.get("chance")))
     for method in sorted(found, key=lambda name: (name != "none", name != "kd", name)):
         runs = found[method]
         metrics = {name: [run["student"][name] for run in runs] for name in runs[0]["student"]}
@@ -44,11 +49,16 @@ def collect_rows(folder: Path) -> list[ComparisonRow]:
             ComparisonRow.from_cost(
                 f"{method} ({len(runs)} seeds)",
                 metrics,
-                runs[0]["cost"]["student"],
+                cost_of(runs[0], "student"),
                 thrown_away=runs[0].get("thrown_away_parameters"),
             )
         )
     return rows
+
+
+def cost_of(run: dict[str, Any], model: str) -> dict[str, Any]:
+    """Return what a model of a run costs; empty where `evaluation.cost` was off."""
+    return run.get("cost", {}).get(model, {})
 
 
 def label_of(folder: Path, recipe: dict[str, Any]) -> str:
@@ -56,9 +66,16 @@ def label_of(folder: Path, recipe: dict[str, Any]) -> str:
     return folder.name.removesuffix(f"-{recipe['seed']}") or recipe["method"]["name"]
 
 
-def main(arguments: list[str]) -> None:
-    """Print the table of the folder named in the arguments."""
-    sys.stdout.write(markdown_table(collect_rows(Path(arguments[0]))))
+def main(arguments: Sequence[str]) -> None:
+    """Print the table of the folder named in the arguments; wrong input ends the process with status 2."""
+    parser = ArgumentParser(
+        "python -m layerdistill.report.runs", description="Finished runs as one table, in Markdown."
+    )
+    parser.add_argument("folder", type=Path, help="the folder that holds the run folders")
+    try:
+        sys.stdout.write(markdown_table(collect_rows(parser.parse_args(arguments).folder)))
+    except UserError as error:
+        parser.error(" ".join(error.problems))
 
 
 if __name__ == "__main__":
